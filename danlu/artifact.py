@@ -1,0 +1,227 @@
+"""A finished directory with a card: what it was made from, with which settings, and what was measured about it.
+
+An artifact is built in a hidden directory beside its place and renamed when whole, so it exists complete or not at
+all. Its name holds the hash of everything that went in; the same ingredients are never cooked twice.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from danlu import __version__
+from danlu.console import say
+from danlu.errors import DanluError
+
+CARD = "card.json"
+WORK = "work"  # scratch of an unfinished stage (checkpoints to resume from); removed before the rename
+Figures = dict[str, Any]
+
+
+def figure(value: float, unit: str, low: float | None = None, high: float | None = None, by: str | None = None) -> dict:
+    """A measured number that never travels alone: its unit, its 95 % interval if it is an estimate, and how it was got."""
+    made: dict[str, Any] = {"value": value, "unit": unit}
+    if low is not None and high is not None:
+        made |= {"low": low, "high": high}
+    if by is not None:
+        made["by"] = by
+    return made
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished artifact on disk.
+
+    Attributes:
+        path: its directory.
+        card: the parsed card.json: kind, id, inputs, settings, figures, files, code, machine, made, seconds.
+    """
+
+    path: Path
+    card: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        return str(self.card["kind"])
+
+    @property
+    def figures(self) -> Figures:
+        return dict(self.card["figures"])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the files' own hashes: the identity of what is in here, used as an input by the next stage."""
+        return hashlib.sha256(canonical(self.card["files"]).encode()).hexdigest()
+
+    @classmethod
+    def load(cls, path: Path) -> Artifact:
+        """Open a finished artifact; raises DanluError where the card is absent, broken, or a file is gone or cut short."""
+        try:
+            card = json.loads((path / CARD).read_text(encoding="utf-8"))
+            files = card["files"].items()
+        except FileNotFoundError:
+            raise DanluError("is no Danlu artifact: it has no card.json", where=path) from None
+        except (ValueError, KeyError, AttributeError):
+            raise DanluError(
+                "the card is damaged", where=path / CARD, fix=f"delete {path} and run the recipe again"
+            ) from None
+        for name, about in files:
+            file = path / name
+            size = file.stat().st_size if file.is_file() else None
+            if size != about["bytes"]:
+                found = "is missing" if size is None else f"has {size:,} bytes, the card says {about['bytes']:,}"
+                raise DanluError(f"{found}", where=file, fix=f"delete {path} and run the recipe again")
+        return cls(path, card)
+
+    def verify(self) -> None:
+        """Compare every file with the SHA-256 in the card; raises DanluError naming the first that differs."""
+        for name, about in self.card["files"].items():
+            if hash_file(self.path / name) != about["sha256"]:
+                raise DanluError("differs from its checksum in the card", where=self.path / name)
+
+
+def canonical(value: object) -> str:
+    """JSON with one spelling for equal values, for hashing."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a file, in constant memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def code_version(*rooms: str) -> str:
+    """SHA-256 over the source of the named modules or packages of danlu: other code, other artifact."""
+    home = Path(__file__).parent
+    digest = hashlib.sha256()
+    for room in sorted(rooms):
+        place = home / room
+        files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+        for file in files:
+            digest.update(str(file.relative_to(home)).encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, sees the old one or the new one and nothing between."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON aside and rename it into place."""
+    write_aside(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside a directory durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def only_writer(root: Path, wait: bool = True) -> Iterator[None]:
+    """Hold the one right to write in a run directory; a second process waits, saying so, or is refused.
+
+    The kernel drops the lock with the process, so a killed run leaves nothing to clean up.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with (root / ".lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "unknown"
+            if not wait:
+                raise DanluError(
+                    f"another danlu (process {holder}) is working here", where=root, fix="wait for it, or end it"
+                ) from None
+            say(f"{root}: another danlu (process {holder}) is working here; waiting for it to finish")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def content_id(kind: str, settings: object, inputs: Mapping[str, str], code: str) -> str:
+    """The name an artifact gets from its ingredients: 12 hexadecimal digits of a SHA-256."""
+    made_from = {"kind": kind, "settings": settings, "inputs": dict(inputs), "code": code}
+    return hashlib.sha256(canonical(made_from).encode()).hexdigest()[:12]
+
+
+def build(
+    root: Path,
+    kind: str,
+    *,
+    settings: dict[str, Any],
+    inputs: Mapping[str, str],
+    code: str,
+    fill: Callable[[Path], Figures],
+) -> tuple[Artifact, bool]:
+    """Return the artifact made of these ingredients, making it if it is not there yet.
+
+    Args:
+        root: the run directory; the caller holds `only_writer(root)`.
+        kind: the stage's name, the first part of the directory's name.
+        settings, inputs, code: the ingredients, hashed into the name. `inputs` maps a role to a digest.
+        fill: puts the files into the directory it is given and returns the figures. It may keep what it needs to
+            resume in the subdirectory `work`, which outlives a crash and is removed at the end.
+
+    Returns: the artifact, and whether it was already there.
+    """
+    name = content_id(kind, settings, inputs, code)
+    place = root / f"{kind}-{name}"
+    if place.is_dir():
+        return Artifact.load(place), True
+    draft = root / f".{kind}-{name}.building"
+    draft.mkdir(parents=True, exist_ok=True)
+    started = time.time()
+    figures = fill(draft)
+    shutil.rmtree(draft / WORK, ignore_errors=True)
+    files = {
+        str(file.relative_to(draft)): {"bytes": file.stat().st_size, "sha256": hash_file(file)}
+        for file in sorted(draft.rglob("*"))
+        if file.is_file() and file.name != CARD
+    }
+    card = {
+        "kind": kind,
+        "id": name,
+        "inputs": dict(inputs),
+        "settings": settings,
+        "figures": figures,
+        "files": files,
+        "code": code,
+        "danlu": __version__,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(time.time() - started, 3),
+    }
+    write_json(draft / CARD, card)
+    sync_directory(draft)
+    draft.rename(place)
+    sync_directory(root)
+    return Artifact(place, card), False
