@@ -1,0 +1,1 @@
+"""What is computed: one decoder, its families, its files."""
