@@ -41,7 +41,7 @@ def processor() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores this process may use, memory in bytes, system, Python, and the versions of the libraries measured."""
+    """Processor, cores this process may use, memory in bytes, system, Python, and the versions of what is measured."""
     versions = {}
     for name in PACKAGES:
         try:
