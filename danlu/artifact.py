@@ -11,12 +11,15 @@ import hashlib
 import json
 import os
 import platform
+import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +29,12 @@ from danlu.errors import DanluError
 
 CARD = "card.json"
 WORK = "work"  # scratch of an unfinished stage (checkpoints to resume from); removed before the rename
+LIBRARIES = ("torch", "tokenizers", "llama-cpp-python")  # those whose version can change a figure; noted on the card
 Figures = dict[str, Any]
 
 
 def figure(value: float, unit: str, low: float | None = None, high: float | None = None, by: str | None = None) -> dict:
-    """A measured number that never travels alone: its unit, its 95 % interval if it is an estimate, and how it was got."""
+    """A measured number never travels alone: its unit, its 95 % interval where it is an estimate, how it was got."""
     made: dict[str, Any] = {"value": value, "unit": unit}
     if low is not None and high is not None:
         made |= {"low": low, "high": high}
@@ -45,7 +49,8 @@ class Artifact:
 
     Attributes:
         path: its directory.
-        card: the parsed card.json: kind, id, inputs, settings, figures, files, code, machine, made, seconds.
+        card: the parsed card.json: kind, id, inputs, settings, figures, files, code, libraries, machine, made, seconds,
+            peak_memory_bytes, resumed.
     """
 
     path: Path
@@ -61,18 +66,25 @@ class Artifact:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the files' own hashes: the identity of what is in here, used as an input by the next stage."""
-        return hashlib.sha256(canonical(self.card["files"]).encode()).hexdigest()
+        """SHA-256 over the files' own hashes: the identity of all that is in here."""
+        return self.digest_of("")
+
+    def digest_of(self, *prefixes: str) -> str:
+        """The same over the files that start with one of the prefixes: what a later stage reads, and so depends on."""
+        files = {name: about["sha256"] for name, about in self.card["files"].items() if name.startswith(prefixes)}
+        return hashlib.sha256(canonical(files).encode()).hexdigest()
 
     @classmethod
     def load(cls, path: Path) -> Artifact:
-        """Open a finished artifact; raises DanluError where the card is absent, broken, or a file is gone or cut short."""
+        """Open a finished artifact; raises DanluError where the card is absent or broken, or a file gone or cut."""
         try:
             card = json.loads((path / CARD).read_text(encoding="utf-8"))
             files = card["files"].items()
         except FileNotFoundError:
             raise DanluError("is no Danlu artifact: it has no card.json", where=path) from None
-        except (ValueError, KeyError, AttributeError):
+        except NotADirectoryError:
+            raise DanluError("is a file, not an artifact's directory", where=path) from None
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise DanluError(
                 "the card is damaged", where=path / CARD, fix=f"delete {path} and run the recipe again"
             ) from None
@@ -81,14 +93,15 @@ class Artifact:
             size = file.stat().st_size if file.is_file() else None
             if size != about["bytes"]:
                 found = "is missing" if size is None else f"has {size:,} bytes, the card says {about['bytes']:,}"
-                raise DanluError(f"{found}", where=file, fix=f"delete {path} and run the recipe again")
+                raise DanluError(found, where=file, fix=f"delete {path} and run the recipe again")
         return cls(path, card)
 
     def verify(self) -> None:
         """Compare every file with the SHA-256 in the card; raises DanluError naming the first that differs."""
         for name, about in self.card["files"].items():
             if hash_file(self.path / name) != about["sha256"]:
-                raise DanluError("differs from its checksum in the card", where=self.path / name)
+                fix = f"delete {self.path} and run the recipe again"
+                raise DanluError("differs from its checksum in the card", where=self.path / name, fix=fix)
 
 
 def canonical(value: object) -> str:
@@ -133,8 +146,8 @@ def write_json(path: Path, value: object) -> None:
     write_aside(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def sync_directory(path: Path) -> None:
-    """Make renames inside a directory durable."""
+def sync(path: Path) -> None:
+    """Make a file's content, or the names inside a directory, durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -148,7 +161,10 @@ def only_writer(root: Path, wait: bool = True) -> Iterator[None]:
 
     The kernel drops the lock with the process, so a killed run leaves nothing to clean up.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise DanluError("is a file, and a directory is needed there", where=root, fix="choose another --out") from None
     with (root / ".lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -188,8 +204,9 @@ def build(
         root: the run directory; the caller holds `only_writer(root)`.
         kind: the stage's name, the first part of the directory's name.
         settings, inputs, code: the ingredients, hashed into the name. `inputs` maps a role to a digest.
-        fill: puts the files into the directory it is given and returns the figures. It may keep what it needs to
-            resume in the subdirectory `work`, which outlives a crash and is removed at the end.
+        fill: puts the files into the directory it is given and returns the figures. It finds the directory empty but
+            for the subdirectory `work`, where it may keep what it needs to resume: that outlives a crash, and is
+            removed at the end.
 
     Returns: the artifact, and whether it was already there.
     """
@@ -198,30 +215,78 @@ def build(
     if place.is_dir():
         return Artifact.load(place), True
     draft = root / f".{kind}-{name}.building"
-    draft.mkdir(parents=True, exist_ok=True)
-    started = time.time()
+    resumed = (draft / WORK).is_dir()
+    if resumed:
+        say(f"{kind}: going on from where it was cut short")
+    draft.mkdir(exist_ok=True)
+    _clear(draft, but=WORK)
+    _forget_peak_memory()
+    started = time.monotonic()
     figures = fill(draft)
+    seconds = time.monotonic() - started
     shutil.rmtree(draft / WORK, ignore_errors=True)
-    files = {
-        str(file.relative_to(draft)): {"bytes": file.stat().st_size, "sha256": hash_file(file)}
-        for file in sorted(draft.rglob("*"))
-        if file.is_file() and file.name != CARD
-    }
     card = {
         "kind": kind,
         "id": name,
         "inputs": dict(inputs),
         "settings": settings,
         "figures": figures,
-        "files": files,
+        "files": _inventory(draft),
         "code": code,
         "danlu": __version__,
+        "libraries": {library: found for library in LIBRARIES if (found := _version(library))},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "seconds": round(time.time() - started, 3),
+        "seconds": round(seconds, 3),
+        "peak_memory_bytes": _peak_memory(),
+        "resumed": resumed,
     }
     write_json(draft / CARD, card)
-    sync_directory(draft)
+    sync(draft)
     draft.rename(place)
-    sync_directory(root)
+    sync(root)
     return Artifact(place, card), False
+
+
+def _clear(draft: Path, but: str) -> None:
+    """Remove what a cut-short attempt left half-written."""
+    for left in draft.iterdir():
+        if left.is_dir() and left.name != but:
+            shutil.rmtree(left)
+        elif left.name != but:
+            left.unlink()
+
+
+def _inventory(draft: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file, each made durable before it is vouched for."""
+    files = {}
+    for file in sorted(draft.rglob("*")):
+        if file.is_file():
+            sync(file)
+            files[str(file.relative_to(draft))] = {"bytes": file.stat().st_size, "sha256": hash_file(file)}
+    return files
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
+
+
+def _forget_peak_memory() -> None:
+    """Start the kernel's high-water mark of this process anew (Linux; see proc_pid_clear_refs(5))."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return  # then the mark is that of the whole process, which is still an upper bound
+
+
+def _peak_memory() -> int:
+    """Peak resident memory of this process in bytes, since `_forget_peak_memory`."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
