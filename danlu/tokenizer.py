@@ -1,0 +1,331 @@
+"""Text <-> token ids, and conversations -> text, with the checkpoint's own vocabulary and chat template."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+
+from danlu import gguf_vocabulary
+from danlu.artifact import canonical, write_aside, write_json
+from danlu.errors import DanluError
+from danlu.gguf_header import Header, read_header
+
+# Tokens that end a turn of a conversation, by the names model makers give them; the list llama.cpp stops at.
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<EOT>")
+ROLES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")  # as in bos_token
+GGUF_ROLES = {
+    "bos": "bos",
+    "eos": "eos",
+    "unknown": "unk",
+    "padding": "pad",
+    "seperator": "sep",
+}  # sic, the specification
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer.
+
+    Attributes:
+        vocab_size: every id is below it. The model's embedding may have more rows.
+        bos_id, eos_id, pad_id: ids of the special tokens, None where the checkpoint has none.
+        stop_ids: at these generation ends: end of text, and what ends a turn.
+        adds_bos: whether the model expects every text to begin with `bos_id`; `encode` leaves that to the caller.
+        chat_template: the Jinja source, None where the checkpoint has none.
+    """
+
+    def __init__(self, document: dict[str, Any], config: dict[str, Any], stop_ids: frozenset[int], where: Path) -> None:
+        """Wrap a tokenizer.
+
+        Args:
+            document: the content of tokenizer.json.
+            config: the content of tokenizer_config.json, chat template included.
+            stop_ids: ids at which generation ends, beyond what `config` and `TURN_ENDS` name.
+            where: named in errors.
+        """
+        self._json = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+        self._config = config
+        self._where = where
+        self._backend = self._make_backend()
+        self._special = {f"{role}_token": text for role in ROLES if (text := _text(config.get(f"{role}_token")))}
+        vocab = self._backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocab.values()) + 1
+        self.bos_id, self.eos_id, self.pad_id = (
+            vocab.get(self._special.get(f"{r}_token", "")) for r in ("bos", "eos", "pad")
+        )
+        known = {token["id"] for token in document["added_tokens"] if token["content"] in TURN_ENDS} | stop_ids
+        self.stop_ids = frozenset(known if self.eos_id is None else known | {self.eos_id})
+        self.adds_bos = self.bos_id is not None and _adds_bos(document, config, self._special["bos_token"])
+        self.chat_template = _text_or_none(config.get("chat_template"))
+
+    @classmethod
+    def load(cls, path: Path) -> Tokenizer:
+        """Read the tokenizer of a Hugging Face directory or of a .gguf file.
+
+        Raises DanluError where there is none, where it is damaged, or where a GGUF's pre-tokenizer is not known.
+        """
+        if path.is_dir():
+            return _from_directory(path)
+        return _from_gguf(read_header(path))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides how text becomes ids."""
+        known = {
+            "tokenizer": self._json,
+            "special": self._special,
+            "stop_ids": sorted(self.stop_ids),
+            "adds_bos": self.adds_bos,
+            "chat_template": self.chat_template,
+        }
+        return hashlib.sha256(canonical(known).encode()).hexdigest()
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of a text. With `special`, text such as <|im_end|> becomes that token; otherwise it stays text."""
+        return list(self._encoder(special).encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: list[str], special: bool = True) -> list[list[int]]:
+        """Token ids of many texts, on all cores."""
+        found = self._encoder(special).encode_batch_fast(texts, add_special_tokens=False)
+        return [list(one.ids) for one in found]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids, and for each the characters [start, end) of `text` it stands for, leading space included.
+
+        Tokens that share the bytes of one character all name that character.
+        """
+        found = self._backend.encode(text, add_special_tokens=False)
+        return list(found.ids), list(found.offsets)
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """The text of token ids. An unfinished UTF-8 character becomes U+FFFD."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
+
+    def render(self, messages: list[dict[str, Any]], generation_prompt: bool = False) -> str:
+        """A conversation as the text the model was trained on, by the checkpoint's own template.
+
+        Args:
+            messages: [{"role": "system" | "user" | "assistant", "content": str}, ...].
+            generation_prompt: end with what opens the assistant's next turn.
+
+        Raises DanluError where the checkpoint has no chat template or the template refuses the conversation.
+        """
+        template = self._template
+        try:
+            return template(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=generation_prompt,
+                **self._special,
+            )
+        except Exception as error:  # the template is the checkpoint's program and may fail in any way
+            raise DanluError(f"the chat template refuses this conversation: {error}", where=self._where) from None
+
+    def save(self, directory: Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja.
+
+        transformers and llama.cpp's converter read them. tokenizer_class is the one that takes tokenizer.json as it
+        stands: others rebuild parts of it.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        kept = {name: value for name, value in self._config.items() if name not in ("chat_template", "auto_map")}
+        config = kept | self._special | {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": self.adds_bos}
+        write_aside(directory / "tokenizer.json", self._json)
+        write_json(directory / "tokenizer_config.json", config)
+        write_json(directory / "special_tokens_map.json", self._special)
+        if self.chat_template is not None:
+            write_aside(directory / "chat_template.jinja", self.chat_template)
+
+    def gguf_metadata(self, vocab_size: int) -> dict[str, Any]:
+        """All `tokenizer.*` metadata of a GGUF file, without that prefix; arrays as lists.
+
+        Args:
+            vocab_size: rows of the model's embedding.
+
+        Raises DanluError where GGUF has no name for what this tokenizer does.
+        """
+        made = gguf_vocabulary.vocabulary(json.loads(self._json), vocab_size, self._where)
+        facts = {f"ggml.{name}": value for name, value in made.items()}
+        for name, role in GGUF_ROLES.items():
+            number = self._backend.token_to_id(self._special.get(f"{role}_token", ""))
+            if number is not None:
+                facts[f"ggml.{name}_token_id"] = number
+        facts["ggml.add_bos_token"] = self.adds_bos
+        facts["ggml.add_eos_token"] = False
+        if self.chat_template is not None:
+            facts["chat_template"] = self.chat_template
+        return facts
+
+    @cached_property
+    def _template(self) -> Callable[..., str]:
+        if self.chat_template is None:
+            raise DanluError(
+                "has no chat template, so conversations cannot be rendered",
+                where=self._where,
+                fix='use an instruction-tuned checkpoint, or plain {"text": ...} examples',
+            )
+        return _compile(self.chat_template, self._where)
+
+    @cached_property
+    def _plain_backend(self) -> Backend:
+        """Takes the text of special tokens as text. A second one, as the switch is not safe to turn between threads."""
+        backend = self._make_backend()
+        backend.encode_special_tokens = True
+        return backend
+
+    def _encoder(self, special: bool) -> Backend:
+        return self._backend if special else self._plain_backend
+
+    def _make_backend(self) -> Backend:
+        try:
+            backend = Backend.from_str(self._json)
+        except Exception as error:  # the library raises bare Exception
+            raise DanluError(f"the tokenizer is damaged: {error}", where=self._where) from None
+        # Some files cut or pad every text, or add tokens to it; here the caller decides.
+        backend.no_truncation()
+        backend.no_padding()
+        backend.post_processor = None
+        return backend
+
+
+def _text(token: object) -> str | None:
+    """A special token is written as its text or as {"content": text}."""
+    return _text_or_none(token.get("content") if isinstance(token, dict) else token)
+
+
+def _text_or_none(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _adds_bos(document: dict[str, Any], config: dict[str, Any], bos: str) -> bool:
+    """What tokenizer_config.json says, or else whether tokenizer.json's template begins with the token."""
+    said = config.get("add_bos_token")
+    if isinstance(said, bool):
+        return said
+    step = document.get("post_processor") or {}
+    steps = step.get("processors", [step])
+    return any(
+        first.get("SpecialToken", {}).get("id") == bos
+        for processor in steps
+        if processor.get("type") == "TemplateProcessing"
+        for first in processor["single"][:1]
+    )
+
+
+def _from_directory(path: Path) -> Tokenizer:
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        old = next((name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (path / name).is_file()), None)
+        fix = "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) makes one"
+        raise DanluError(f"has no tokenizer.json{f', only {old}' if old else ''}", where=path, fix=fix)
+    document = _read_json(file)
+    if "model" not in document or not isinstance(document.get("added_tokens"), list):
+        raise DanluError("is no tokenizer.json: it has no model or no added_tokens", where=file)
+    config = {**_read_optional(path / "special_tokens_map.json"), **_read_optional(path / "tokenizer_config.json")}
+    config["chat_template"] = _directory_template(path, config)
+    stops = _read_optional(path / "generation_config.json").get("eos_token_id")
+    ids = stops if isinstance(stops, list) else [stops]
+    return Tokenizer(document, config, frozenset(number for number in ids if isinstance(number, int)), path)
+
+
+def _directory_template(path: Path, config: dict[str, Any]) -> str | None:
+    """chat_template.jinja, or the template in the configuration; of several the one named default."""
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    found = config.get("chat_template")
+    if isinstance(found, list):
+        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    return _text_or_none(found)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DanluError(f"cannot be read as JSON: {error}", where=path) from None
+    if not isinstance(value, dict):
+        raise DanluError("should hold a JSON object", where=path)
+    return value
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    return _read_json(path) if path.is_file() else {}
+
+
+def _from_gguf(header: Header) -> Tokenizer:
+    document = gguf_vocabulary.tokenizer_json(header)
+    tokens = header.need("tokenizer.ggml.tokens")
+    ids = {name: header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in (*GGUF_ROLES, "eot", "eom")}
+    for name, number in ids.items():
+        if number is not None and not 0 <= number < len(tokens):
+            raise DanluError(f"the {name} token is id {number:,} of only {len(tokens):,}", where=header.path)
+    config = {f"{role}_token": tokens[ids[name]] for name, role in GGUF_ROLES.items() if ids[name] is not None}
+    config["add_bos_token"] = gguf_vocabulary.adds_bos(header)
+    config["chat_template"] = header.metadata.get("tokenizer.chat_template")
+    if config["add_bos_token"] and ids["bos"] is not None:
+        document["post_processor"] = _begin_with(config["bos_token"], ids["bos"])
+    stops = frozenset(number for name in ("eos", "eot", "eom") if (number := ids[name]) is not None)
+    return Tokenizer(document, config, stops, header.path)
+
+
+def _begin_with(bos: str, number: int) -> dict[str, Any]:
+    """tokenizer.json's way of saying that every text begins with a token."""
+    first, text, second = (
+        {"SpecialToken": {"id": bos, "type_id": 0}},
+        *({"Sequence": {"id": s, "type_id": 0}} for s in "AB"),
+    )
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, first, second],
+        "special_tokens": {bos: {"id": bos, "ids": [number], "tokens": [bos]}},
+    }
+
+
+def _compile(source: str, where: Path) -> Callable[..., str]:
+    """A chat template -> a function, under the conventions of Hugging Face.
+
+    The template comes with the checkpoint and is not trusted: it runs in Jinja's sandbox and cannot change what it
+    is given.
+    """
+    from datetime import datetime
+
+    import jinja2
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.nodes import Node, Scope
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} marks what the assistant says; it changes nothing in the text."""
+
+        tags = {"generation"}  # noqa: RUF012  # the base class declares it so
+
+        def parse(self, parser: Parser) -> Node:
+            line = next(parser.stream).lineno
+            return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
+        # Jinja's own filter escapes <, > and &, which models never saw.
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    try:
+        return environment.from_string(source).render
+    except jinja2.TemplateSyntaxError as error:
+        raise DanluError(f"line {error.lineno} of the chat template: {error.message}", where=where) from None
