@@ -10,43 +10,62 @@ from torch import Tensor, nn
 
 from danlu.model.config import ModelConfig
 from danlu.model.norm import RMSNorm
-from danlu.model.position import rotate
+from danlu.model.position import frequencies, rotate, rotation
+from danlu.model.tiled_attention import make_tiles, tiled_attention
+
+
+@dataclass
+class LayerCache:
+    """Keys and values of one layer, [B, length, kv_heads, head_width]."""
+
+    keys: Tensor
+    values: Tensor
+
+    def put(self, positions: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store [B, T, kv_heads, head_width] at positions [B, T] and return all keys and values."""
+        rows = torch.arange(len(positions), device=positions.device)[:, None]
+        self.keys[rows, positions] = key
+        self.values[rows, positions] = value
+        return self.keys, self.values
 
 
 class Cache:
     """Keys and values of every layer for a batch whose rows may be of different lengths.
 
     Attributes:
-        keys, values: per layer, [B, length, kv_heads, head_width].
+        layers: one `LayerCache` a block.
         lengths: int64 [B], the tokens each row holds. `Decoder.forward` adds what it was given; after a prefill of
             right-padded rows set it to the true lengths: what lies past a row's length is never looked at.
+        length: places in each row.
     """
 
     def __init__(self, config: ModelConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
         shape = (batch, length, config.kv_heads, config.head_width)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.layers)]
+        self.layers = [
+            LayerCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+            for _ in range(config.layers)
+        ]
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.length = length
-
-    def put(self, layer: int, positions: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [B, T, kv_heads, head_width] at positions [B, T] and return all keys and values of the layer."""
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
-        self.keys[layer][rows, positions] = key
-        self.values[layer][rows, positions] = value
-        return self.keys[layer], self.values[layer]
 
 
 @dataclass(frozen=True)
 class Sight:
-    """Which keys each query may see, worked out once per batch and shared by all layers.
+    """Where the tokens of a batch stand and which keys each may see; worked out once and shared by all layers.
 
     Attributes:
-        causal: every query sees all keys up to its own place, and nothing else limits it.
-        mask: otherwise, bool [B, 1, T, keys], True where it may look.
+        positions: int64 [B, T], places within each document (or within each cached row).
+        cos, sin: the rotation of each position.
+        window: keys a token may look back on, itself included; 0 for no limit.
+        tiles: on a CPU without a cache, the work list of `tiled_attention`.
+        mask: otherwise, bool [B, 1, T, keys], True where a query may look; None for plain causal.
     """
 
-    causal: bool
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
+    window: int
+    tiles: Tensor | None
     mask: Tensor | None
 
 
@@ -54,28 +73,36 @@ def sight(config: ModelConfig, positions: Tensor, segments: Tensor | None, keys:
     """Build the `Sight` of a batch.
 
     Args:
-        positions: int64 [B, T], places within each document (or within each cached row).
+        positions: int64 [B, T].
         segments: int32 [B, T], document numbers of packed rows; tokens of different documents never meet.
-        keys: with a cache, the number of key places; place j holds position j of its row.
+        keys: with a cache, the number of its places; place j holds position j of its row.
     """
-    window = config.sliding_window
-    if keys is None:
-        length = positions.shape[1]
-        if segments is None and (window is None or window >= length):
-            return Sight(causal=True, mask=None)
-        place = torch.arange(length, device=positions.device)
-        mask = place[:, None] >= place[None, :]
-        if window is not None:
-            mask &= place[:, None] - place[None, :] < window
-        mask = mask[None, None]
-        if segments is not None:
-            mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
-        return Sight(causal=False, mask=mask)
-    place = torch.arange(keys, device=positions.device)
-    mask = place[None, None, :] <= positions[:, :, None]
-    if window is not None:
-        mask &= place[None, None, :] > positions[:, :, None] - window
-    return Sight(causal=False, mask=mask[:, None])
+    cos, sin = rotation(positions, *frequencies(config))
+    window = config.sliding_window or 0
+    tiles = mask = None
+    if keys is not None:
+        place = torch.arange(keys, device=positions.device)
+        mask = place <= positions[:, :, None]
+        if window:
+            mask &= place > positions[:, :, None] - window
+        mask = mask[:, None]
+    elif positions.device.type == "cpu":
+        tiles = make_tiles(*positions.shape, segments, config.sliding_window)
+        torch._dynamo.mark_dynamic(tiles, 0)  # every packing has its own number of tiles: compile once for all
+    elif segments is not None or window:
+        mask = _mask(positions, segments, window)
+    return Sight(positions, cos, sin, window, tiles, mask)
+
+
+def _mask(positions: Tensor, segments: Tensor | None, window: int) -> Tensor:
+    place = torch.arange(positions.shape[1], device=positions.device)
+    distance = place[:, None] - place[None, :]
+    mask = (distance >= 0)[None, None]
+    if window:
+        mask = mask & (distance < window)
+    if segments is not None:
+        mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
+    return mask
 
 
 class Attention(nn.Module):
@@ -92,24 +119,28 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(config.head_width, config.norm_epsilon) if config.qk_norm else None
         self.key_norm = RMSNorm(config.head_width, config.norm_epsilon) if config.qk_norm else None
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, see: Sight, cache: Cache | None, layer: int, positions: Tensor
-    ) -> Tensor:
+    def forward(self, x: Tensor, see: Sight, cache: LayerCache | None) -> Tensor:
         batch, length, _ = x.shape
         query = self.query(x).view(batch, length, self.heads, self.head_width)
         key = self.key(x).view(batch, length, self.kv_heads, self.head_width)
         value = self.value(x).view(batch, length, self.kv_heads, self.head_width)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key = rotate(query, see.cos, see.sin), rotate(key, see.cos, see.sin)
         if cache is not None:
-            key, value = cache.put(layer, positions, key, value)
+            key, value = cache.put(see.positions, key, value)
+        return self.output(self._mix(query, key, value, see).reshape(batch, length, -1))
+
+    def _mix(self, query: Tensor, key: Tensor, value: Tensor, see: Sight) -> Tensor:
+        """[B, T, heads, head_width] of queries -> the same shape of mixed values."""
+        if see.tiles is not None:
+            return tiled_attention(query, key, value, see.tiles, see.window)
         mixed = F.scaled_dot_product_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
             attn_mask=see.mask,
-            is_causal=see.causal,
+            is_causal=see.mask is None,
             enable_gqa=self.heads != self.kv_heads,
         )
-        return self.output(mixed.transpose(1, 2).reshape(batch, length, -1))
+        return mixed.transpose(1, 2)

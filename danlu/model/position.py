@@ -50,7 +50,7 @@ def _yarn(plain: Tensor, scaling: RopeScaling, config: ModelConfig) -> tuple[Ten
 
 def rotation(positions: Tensor, frequency: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """cos and sin of every angle, fp32 [B, T, 1, head_width / 2], for positions int64 [B, T]."""
-    angles = positions[..., None].float() * frequency
+    angles = positions[..., None].float() * frequency.to(positions.device)
     return (angles.cos() * scale).unsqueeze(-2), (angles.sin() * scale).unsqueeze(-2)
 
 

@@ -7,11 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from danlu.errors import DanluError
-from danlu.model.attention import Attention, Cache, Sight, sight
+from danlu.model.attention import Attention, Cache, LayerCache, Sight, sight
 from danlu.model.config import ModelConfig
 from danlu.model.feedforward import FeedForward
 from danlu.model.norm import RMSNorm
-from danlu.model.position import frequencies, rotation
 
 
 class Block(nn.Module):
@@ -24,10 +23,8 @@ class Block(nn.Module):
         self.feedforward_norm = RMSNorm(config.width, config.norm_epsilon)
         self.feedforward = FeedForward(config)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, see: Sight, cache: Cache | None, layer: int, positions: Tensor
-    ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, see, cache, layer, positions)
+    def forward(self, x: Tensor, see: Sight, cache: LayerCache | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), see, cache)
         return x + self.feedforward(self.feedforward_norm(x))
 
 
@@ -37,8 +34,6 @@ class Decoder(nn.Module):
     `forward` ends at the last norm; `logits` applies the head. They are apart because training never needs all
     logits at once (see `danlu.model.loss`).
     """
-
-    frequency: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -78,7 +73,6 @@ class Decoder(nn.Module):
         Raises DanluError where the tokens would outgrow the model's context or the cache.
         """
         batch, length = tokens.shape
-        keys = None
         if cache is not None:
             keys = int(cache.lengths.max()) + length
             if keys > cache.length:
@@ -87,12 +81,10 @@ class Decoder(nn.Module):
         elif positions is None:
             self._check_context(length)
             positions = torch.arange(length, device=tokens.device).expand(batch, length)
-        frequency, scale = frequencies(self.config)
-        cos, sin = rotation(positions, frequency.to(tokens.device), scale)
         see = sight(self.config, positions, segments, None if cache is None else cache.length)
         x = self.embedding(tokens)
-        for layer, block in enumerate(self.blocks):
-            x = block(x, cos, sin, see, cache, layer, positions)
+        for number, block in enumerate(self.blocks):
+            x = block(x, see, None if cache is None else cache.layers[number])
         if cache is not None:
             cache.lengths = cache.lengths + length
         return self.norm(x)
