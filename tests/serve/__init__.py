@@ -1,0 +1,1 @@
+"""Tests of the server and the terminal conversation, with a real model."""
