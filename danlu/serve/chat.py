@@ -102,9 +102,10 @@ class Conversation:
         try:
             with closing(answer(self.backend, prompt, sampling)) as pieces:
                 for piece in pieces:
-                    now = time.monotonic() - started
-                    turn.waited = turn.waited or now
-                    turn.tokens, turn.lasted = piece.tokens, now - turn.waited
+                    if piece.tokens > turn.tokens:
+                        now = time.monotonic() - started
+                        turn.waited = turn.waited or now
+                        turn.tokens, turn.lasted = piece.tokens, now - turn.waited
                     turn.answer += piece.text
                     turn.finish = piece.finish or turn.finish
                     yield piece.text
@@ -113,7 +114,7 @@ class Conversation:
 
 
 def _is_text(value: str) -> bool:
-    """False where bytes that are no UTF-8 came from the command line or terminal; Python smuggles them as surrogates."""
+    """False where bytes that are no UTF-8 came from the command line or terminal: Python turns them into surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in value)
 
 

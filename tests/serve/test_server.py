@@ -143,6 +143,7 @@ def test_errors_have_openai_s_shape(client: OpenAI, server: Server, backend: GGU
     assert caught_bad.value.param == "logit_bias"
     with pytest.raises(openai.BadRequestError):
         client.completions.create(model=backend.name, prompt=[backend.tokenizer.vocab_size])
+    assert httpx.get(f"{server.url}/v1/models", headers={"Host": "[::1]:8000"}).status_code == 200
     url = f"{server.url}/v1/chat/completions"
     json_type = {"Content-Type": "application/json"}
     for answer, status in (
@@ -152,6 +153,7 @@ def test_errors_have_openai_s_shape(client: OpenAI, server: Server, backend: GGU
         (httpx.get(url), 405),
         (httpx.get(f"{server.url}/v2"), 404),
         (httpx.get(f"{server.url}/v1/models", headers={"Host": "evil.example"}), 403),
+        (httpx.get(f"{server.url}/v1/models", headers={"Host": "[::1"}), 403),
     ):
         assert answer.status_code == status
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}

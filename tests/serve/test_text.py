@@ -51,7 +51,7 @@ def test_chinese_and_emoji_arrive_whole(backend: GGUFBackend) -> None:
 @given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), max_size=60))
 def test_any_text_streams_unchanged(backend: GGUFBackend, text: str) -> None:
     ids = backend.tokenizer.encode(text, special=False)
-    assert "".join(pieces(backend.tokenizer, ids)) == backend.tokenizer.decode(ids)
+    assert "".join(pieces(backend.tokenizer, ids)) == backend.tokenizer.decode(ids).rstrip("\ufffd")
 
 
 def test_a_character_cut_by_the_limit_is_left_out(backend: GGUFBackend) -> None:
