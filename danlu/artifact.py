@@ -28,7 +28,7 @@ from danlu.console import say
 from danlu.errors import DanluError
 
 CARD = "card.json"
-WORK = "work"  # scratch of an unfinished stage (checkpoints to resume from); removed before the rename
+WORK = "work"  # where an unfinished stage keeps what it can resume from; removed before the rename
 LIBRARIES = ("torch", "tokenizers", "llama-cpp-python")  # those whose version can change a figure; noted on the card
 Figures = dict[str, Any]
 
@@ -204,9 +204,9 @@ def build(
         root: the run directory; the caller holds `only_writer(root)`.
         kind: the stage's name, the first part of the directory's name.
         settings, inputs, code: the ingredients, hashed into the name. `inputs` maps a role to a digest.
-        fill: puts the files into the directory it is given and returns the figures. It finds the directory empty but
-            for the subdirectory `work`, where it may keep what it needs to resume: that outlives a crash, and is
-            removed at the end.
+        fill: puts the files into the directory it is given and returns the figures. What it needs to go on from after
+            a crash it keeps in the subdirectory `work`, which is removed at the end. Where there is one, it gets the
+            directory back as it was left, less hidden files; otherwise it always finds it empty.
 
     Returns: the artifact, and whether it was already there.
     """
@@ -255,14 +255,13 @@ def build(
 
 
 def _clear(draft: Path) -> None:
-    """Remove what a cut-short attempt left half-written; what it can go on from stays."""
-    for left in draft.iterdir():
-        if left.name == WORK:
-            continue
+    """Remove what a cut-short attempt left half-written: everything, or beside `work` what was being written aside."""
+    resumable = (draft / WORK).is_dir()
+    for left in list(draft.rglob(".*") if resumable else draft.iterdir()):
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left)
         else:
-            left.unlink()
+            left.unlink(missing_ok=True)
 
 
 def _inventory(draft: Path) -> dict[str, dict[str, Any]]:

@@ -7,11 +7,9 @@ it is made again. Whether anything is to be done is decided from hashes alone, w
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import platform
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,9 +30,10 @@ from danlu.artifact import (
     write_aside,
     write_json,
 )
+from danlu.checks import check_packages, check_room, check_target
 from danlu.console import say
-from danlu.errors import DanluError, TargetMissed, need_extra
-from danlu.recipe import Recipe, RecipeFile
+from danlu.errors import TargetMissed
+from danlu.recipe import RecipeFile
 
 if TYPE_CHECKING:
     from danlu.model.checkpoint import Checkpoint
@@ -114,7 +113,7 @@ class Run:
         code = code_version(*step.rooms)
         name = content_id(stage, step.settings, step.inputs, code)
         if not self.fresh and not (self.root / f"{stage}-{name}").is_dir():
-            _check_before_work(self, STAGES[STAGES.index(stage) : STAGES.index(until) + 1])
+            self.check(STAGES[STAGES.index(stage) : STAGES.index(until) + 1])
         artifact, already = build(
             self.root, stage, settings=step.settings, inputs=step.inputs, code=code, fill=step.fill
         )
@@ -126,6 +125,13 @@ class Run:
         card = artifact.card
         memory = card["peak_memory_bytes"] / 1e9
         say(f"{stage}: done in {card['seconds']:.1f} s, peak memory {memory:.2f} GB ({artifact.path.name})")
+
+    def check(self, stages: Sequence[str]) -> None:
+        """Raise DanluError for what would end these stages later: a missing library, no model, no room, no hope."""
+        check_packages(self.file.recipe, stages)
+        check_room(self.root, self.base.config, self.file.recipe, stages)
+        if "compress" in stages or "certify" in stages:
+            check_target(self.file, self.base.config)
 
     def missed(self) -> list[str]:
         """What the certificate found short of the target, line by line; empty where all is met or nothing certified."""
@@ -198,7 +204,7 @@ def run_recipe(file: RecipeFile, out: Path | None = None, until: str = "report",
 _TUNED, _HELDOUT = ("tune", ("model/",)), ("data", ("heldout",))
 READS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {  # stage -> role -> (earlier stage, the files read of it)
     "data": {},
-    "tune": {"data": ("data", ("train/", "heldout/"))},
+    "tune": {"data": ("data", ("train/",))},
     "evaluate": {"tuned": _TUNED, "data": _HELDOUT},
     "compress": {"tuned": _TUNED, "data": ("data", ("train", "heldout"))},
     "certify": {"tuned": _TUNED, "data": _HELDOUT, "model": ("compress", ("model.gguf",))},
@@ -300,29 +306,6 @@ STEPS: dict[str, Callable[[Run], Step]] = {
     "report": _report,
 }
 STAGES = tuple(STEPS)
-
-
-# --- What is looked at before minutes of work are spent --------------------------------------------------------------
-
-
-def _check_before_work(run: Run, stages: Sequence[str]) -> None:
-    """Raise DanluError for what would end the run later: a missing library, no model, too little disk."""
-    for package, extra in _packages(run.file.recipe, stages):
-        if importlib.util.find_spec(package) is None:
-            raise need_extra(package, extra)
-    weights = run.base.config  # opens the base: what is no model is found out here
-
-
-def _packages(recipe: Recipe, stages: Sequence[str]) -> list[tuple[str, str]]:
-    """(package, extra) that the stages need beyond Danlu's own dependencies."""
-    needed = []
-    if "data" in stages and recipe.data.deduplicate == "near":
-        needed.append(("datasketch", "data"))
-    if "compress" in stages or "certify" in stages:
-        needed.append(("llama_cpp", "device"))
-    if "report" in stages:
-        needed.append(("matplotlib", "report"))
-    return needed
 
 
 # --- Digests --------------------------------------------------------------------------------------------------------

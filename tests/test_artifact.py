@@ -70,27 +70,35 @@ def test_a_digest_covers_only_what_is_read(tmp_path: Path) -> None:
     assert one.digest != other.digest
 
 
-def test_a_crash_leaves_work_to_resume_from_and_nothing_else(tmp_path: Path) -> None:
+def test_a_crash_leaves_what_can_be_gone_on_from(tmp_path: Path) -> None:
     def crash(out: Path) -> dict:
         (out / WORK).mkdir()
         (out / WORK / "checkpoint").write_text("step 7")
-        (out / "half-written").write_text("x")
-        (out / "train").mkdir()
+        (out / "metrics.jsonl").write_text("{}\n")
+        (out / ".model.1234.aside").mkdir()
+        (out / ".model.1234.aside" / "half-written").write_text("x")
         raise RuntimeError("power cut")
 
     def resume(out: Path) -> dict:
-        assert [path.name for path in out.iterdir()] == [WORK]
+        assert {path.name for path in out.iterdir()} == {WORK, "metrics.jsonl"}
         return write_rows(out) | {"from": (out / WORK / "checkpoint").read_text()}
 
     with pytest.raises(RuntimeError):
         make(tmp_path, crash)
-    (draft,) = tmp_path.iterdir()
-    assert [path.name for path in draft.iterdir()] == [WORK]
-    (draft / "from-a-kill").write_text("x")
+    assert not list(tmp_path.glob("data-*"))
     artifact, already = make(tmp_path, resume)
     assert not already
     assert artifact.figures["from"] == "step 7" and artifact.card["resumed"] is True
-    assert not (artifact.path / WORK).exists()
+    assert set(artifact.card["files"]) == {"metrics.jsonl", "train/rows.txt", "heldout.txt"}
+
+
+def test_what_a_kill_left_without_work_is_begun_anew(tmp_path: Path) -> None:
+    draft = tmp_path / f".data-{content_id('data', {'rows': 3}, {'file': 'f00d'}, '1')}.building"
+    (draft / "train").mkdir(parents=True)
+    (draft / "train" / "half-written").write_text("x")
+    artifact, _ = make(tmp_path, write_rows)
+    assert set(artifact.card["files"]) == {"train/rows.txt", "heldout.txt"}
+    assert artifact.card["resumed"] is False
 
 
 def test_a_mistake_found_early_leaves_nothing(tmp_path: Path) -> None:

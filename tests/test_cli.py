@@ -151,9 +151,17 @@ def test_no_network_for_a_hub_id(project: Project, tmp_path: Path) -> None:
 # --- Mistakes about the place and the target ------------------------------------------------------------------------
 
 
-def test_an_impossible_target(project: Project) -> None:
-    change(project, "name: tiny", "name: tiny\ntarget: {file_size: 200kB}")
-    refused(project, "recipe.yaml:2: target.file_size", "200 kB")
+@pytest.mark.parametrize("target", ["file_size: 200kB", "memory: 1MB", "speed: 1e9"])
+def test_an_impossible_target(project: Project, target: str) -> None:
+    change(project, "name: tiny", f"name: tiny\ntarget: {{{target}}}")
+    refused(project, f"recipe.yaml:2: target.{target.split(':')[0]}: ", "cannot be met", "q8_0")
+
+
+def test_a_disk_with_too_little_room(project: Project) -> None:
+    with small_disk(project.run, 10) as mounted:
+        if not mounted:
+            pytest.skip("this system lets us mount no small disk")
+        refused(project, "runs/tiny: the disk has 0.01 GB free, and this run needs about 0.04 GB")
 
 
 def test_a_file_in_the_place_of_the_run(project: Project) -> None:
