@@ -17,7 +17,7 @@ from openai import OpenAI
 
 from danlu.serve.backend import GGUFBackend
 
-CONTEXT = 512
+CONTEXT = 320
 START = f"""
 import sys
 from danlu.serve.server import run_server

@@ -171,7 +171,7 @@ def test_requests_at_once_are_answered_in_turn(client: OpenAI, backend: GGUFBack
 
 
 def test_a_full_line_refuses_and_a_client_that_leaves_frees_its_place(client: OpenAI, backend: GGUFBackend) -> None:
-    asked = {"model": backend.name, "messages": LONG, "temperature": 0}
+    asked = {"model": backend.name, "messages": LONG, "temperature": 0, "n": 8}  # minutes of work, if nobody stops it
     streams = [client.chat.completions.create(**asked, stream=True) for _ in range(3)]  # one at work, two waiting
     next(iter(streams[0]))
     with pytest.raises(openai.InternalServerError) as caught:
@@ -185,14 +185,14 @@ def test_a_full_line_refuses_and_a_client_that_leaves_frees_its_place(client: Op
             client.chat.completions.create(**asked, max_tokens=1)
             break
         except openai.InternalServerError:
-            assert time.monotonic() - started < 2, "answers nobody reads go on"
+            assert time.monotonic() - started < 10, "answers nobody reads go on"
             time.sleep(0.02)
 
 
 def test_an_unstreamed_answer_stops_when_its_client_leaves(
     client: OpenAI, server: Server, backend: GGUFBackend
 ) -> None:
-    body = json.dumps({"model": backend.name, "messages": LONG, "temperature": 0})
+    body = json.dumps({"model": backend.name, "messages": LONG, "temperature": 0, "n": 8})
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(
             f"{server.url}/v1/chat/completions",
@@ -202,7 +202,7 @@ def test_an_unstreamed_answer_stops_when_its_client_leaves(
         )
     started = time.monotonic()
     client.chat.completions.create(model=backend.name, messages=QUESTION, max_tokens=1)
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 10
 
 
 def test_a_token_is_checked_and_sigterm_ends_cleanly(gguf: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_token_is_checked_and_sigterm_ends_cleanly(gguf: Path) -> None:
 def test_ctrl_c_lets_an_answer_finish(gguf: Path) -> None:
     server = Server(gguf)
     with OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        asked = {"model": gguf.stem, "messages": LONG, "temperature": 0, "max_tokens": 40}
+        asked = {"model": gguf.stem, "messages": LONG, "temperature": 0, "max_tokens": 24}
         stream = iter(client.chat.completions.create(**asked, stream=True))
         next(stream)
         ended = threading.Thread(target=server.end, args=(signal.SIGINT,))
