@@ -51,6 +51,11 @@ def perplexity(loss: Interval) -> Interval:
     return Interval(*(math.exp(each) for each in loss))
 
 
+def relative_perplexity(change: Interval) -> Interval:
+    """The relative change of perplexity, a share, that a change of loss in nat per token makes: exp(change) - 1."""
+    return Interval(*(math.expm1(each) for each in change))
+
+
 def choose_rows(rows: Rows, tokens: int | None, seed: int) -> NDArray[np.int64]:
     """Row numbers to score, ascending: all, or as many drawn by the seed as `tokens` places fill, at least one."""
     if len(rows) == 0:

@@ -13,7 +13,7 @@ class EvaluateSettings(Settings):
     """How the model is measured before and after tuning."""
 
     tokens: int | None = Field(
-        40_960, gt=0, description="held-out tokens scored at most, whole rows drawn by the seed; null scores all"
+        16_384, gt=0, description="held-out tokens scored at most, whole rows drawn by the seed; null scores all"
     )
     answers: int = Field(24, ge=0, description="held-out prompts answered by both models; 0 generates none")
     max_new_tokens: int = Field(96, gt=0, description="tokens of a generated answer at most")
