@@ -100,6 +100,8 @@ def write_metadata(config: ModelConfig) -> dict[str, Any]:
     scaling = config.rope_scaling
     if scaling is not None and scaling.kind == "llama3" and arch != "llama":
         raise DanluError(f"llama.cpp has no llama3 rope scaling for {arch}")
+    if scaling is not None and (scaling.beta_fast, scaling.beta_slow) != (32.0, 1.0):
+        raise DanluError("llama.cpp computes yarn with beta_fast 32 and beta_slow 1 only")
     facts = asdict(config)
     keys = {key: facts[name] for name, key in REQUIRED.items()}
     if config.sliding_window is not None:
@@ -127,8 +129,6 @@ def _write_scaling(scaling: RopeScaling) -> dict[str, Any]:
     keys: dict[str, Any] = {"rope.scaling.type": scaling.kind, "rope.scaling.factor": float(scaling.factor)}
     if scaling.kind == "yarn":
         keys["rope.scaling.original_context_length"] = scaling.original_context
-        keys["rope.scaling.yarn_beta_fast"] = float(scaling.beta_fast)
-        keys["rope.scaling.yarn_beta_slow"] = float(scaling.beta_slow)
         if scaling.attention_factor is not None:
             # llama.cpp multiplies its own 0.1 ln(factor) + 1 by this.
             keys["rope.scaling.attn_factor"] = scaling.attention_factor / (0.1 * math.log(scaling.factor) + 1)
@@ -159,7 +159,7 @@ def _read_scaling(header: Header, arch: str) -> RopeScaling | None:
         original_context=_whole(header, f"{arch}.rope.scaling.original_context_length"),
         beta_fast=found["yarn_beta_fast"] or 32.0,
         beta_slow=found["yarn_beta_slow"] or 1.0,
-        attention_factor=None if temper is None else temper * (0.1 * math.log(factor) + 1),
+        attention_factor=None if temper is None else _short(temper * (0.1 * math.log(factor) + 1)),
     )
 
 
