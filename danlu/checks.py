@@ -34,11 +34,13 @@ def check_packages(recipe: Recipe, stages: Sequence[str]) -> None:
 def check_room(root: Path, config: ModelConfig, recipe: Recipe, stages: Sequence[str]) -> None:
     """Raise DanluError where the disk has less room than the weights that will be written.
 
-    Tuning writes the merged model, and in full tuning two checkpoints of weights and both AdamW moments beside it;
-    compressing writes the model once in fp32 and its candidates, all together hardly more than that again.
+    Tuning writes the merged model; in full tuning each checkpoint holds the weights and both of AdamW's moments, and a
+    new one is whole before an old one goes. Compressing writes the model in fp32, and beside it candidates that
+    together are hardly larger.
     """
-    checkpoints = 2 * 3 if recipe.tune.method == "full" else 0
-    copies = ("tune" in stages) * (1 + checkpoints) + ("compress" in stages) * 2
+    checkpoints = 3 * (recipe.tune.keep_checkpoints + 1) if recipe.tune.method == "full" else 0
+    tuned = 1 if "tune" in stages else 0
+    copies = max(tuned * max(checkpoints, 1), tuned + 2 if "compress" in stages else 0)
     need, free = copies * matrix_weights(config) * FP32, shutil.disk_usage(root).free
     if free < need:
         raise DanluError(
