@@ -87,7 +87,7 @@ def sight(config: ModelConfig, positions: Tensor, segments: Tensor | None, keys:
             mask &= place > positions[:, :, None] - window
         mask = mask[:, None]
     elif positions.device.type == "cpu":
-        tiles = make_tiles(*positions.shape, segments, config.sliding_window)
+        tiles = make_tiles(positions.shape[0], positions.shape[1], segments, config.sliding_window)
         torch._dynamo.mark_dynamic(tiles, 0)  # every packing has its own number of tiles: compile once for all
     elif segments is not None or window:
         mask = _mask(positions, segments, window)

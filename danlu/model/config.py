@@ -47,7 +47,7 @@ class ModelConfig:
         rope_base, rope_scaling: rotary position frequencies (arXiv:2104.09864).
         norm_epsilon: added under the root of RMSNorm (arXiv:1910.07467).
         tied: the head shares the embedding's weight.
-        attention_bias, output_bias, feedforward_bias: biases of query/key/value, of the attention output, of the feed-forward.
+        attention_bias, output_bias, feedforward_bias: biases of query/key/value, of the output, of the feed-forward.
         qk_norm: RMSNorm of every query and key head before the rotation (Qwen3).
         sliding_window: a token sees at most this many positions, itself included; None means all before it.
         activation: non-linearity of the gate.
@@ -73,10 +73,21 @@ class ModelConfig:
     activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "width", "layers", "heads", "kv_heads", "head_width", "feedforward_width", "context"):
+        for name in (
+            "vocab_size",
+            "width",
+            "layers",
+            "heads",
+            "kv_heads",
+            "head_width",
+            "feedforward_width",
+            "context",
+        ):
             if getattr(self, name) < 1:
                 raise DanluError(f"{name} is {getattr(self, name)}; it must be at least 1", where="model config")
         if self.heads % self.kv_heads:
-            raise DanluError(f"{self.heads} query heads cannot share {self.kv_heads} key/value heads", where="model config")
+            raise DanluError(
+                f"{self.heads} query heads cannot share {self.kv_heads} key/value heads", where="model config"
+            )
         if self.head_width % 2:
             raise DanluError(f"head_width {self.head_width} is odd; rotary positions turn pairs", where="model config")

@@ -8,6 +8,8 @@ FlashAttention (arXiv:2205.14135), so memory stays linear in the length.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -42,7 +44,7 @@ def _runs(numbers: np.ndarray) -> list[tuple[int, int]]:
     """The stretches of equal, non-zero numbers, as (first, end)."""
     borders = np.flatnonzero(np.diff(numbers)) + 1
     edges = [0, *borders.tolist(), len(numbers)]
-    return [(first, end) for first, end in zip(edges, edges[1:], strict=False) if numbers[first] != 0]
+    return [(first, end) for first, end in pairwise(edges) if numbers[first] != 0]
 
 
 @torch.library.custom_op("danlu::tiled_attention", mutates_args=())

@@ -1,0 +1,154 @@
+"""The tune stage: a checkpoint and packed rows in, a checkpoint that has learned from them out."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from danlu.artifact import WORK, Figures, figure, write_json
+from danlu.console import say
+from danlu.data.stream import Rows, Stream
+from danlu.errors import DanluError
+from danlu.model.checkpoint import Checkpoint, save_checkpoint
+from danlu.model.lora import adapters, add_lora, merge_lora
+from danlu.model.loss import softmax_gradient
+from danlu.model.peft import save_adapter
+from danlu.model.transformer import Decoder
+from danlu.train.compiling import choose_compile, compile_blocks
+from danlu.train.loop import train
+from danlu.train.objective import next_token
+from danlu.train.optimizer import MasterAdamW, masters_of
+from danlu.train.precision import choose_precision
+from danlu.train.schedule import learning_rate
+from danlu.train.settings import TuneSettings
+
+
+def tune(settings: TuneSettings, base: Checkpoint, data: Path, out: Path, seed: int) -> Figures:
+    """Teach a model the training rows.
+
+    Fills `out` with model/ (a Hugging Face directory of merged fp32 weights), adapter/ (LoRA only, PEFT's layout),
+    metrics.jsonl and tensorboard/. Checkpoints stand in `out`/work until the end, so calling it again on the same
+    directory goes on where it stopped and ends with the same bits.
+
+    Args:
+        settings: how to learn.
+        base: where to start.
+        data: a data artifact, of which train/ is read.
+        seed: decides the order of the rows, the adapters' start, and dropout.
+
+    Raises DanluError where the rows do not suit the model, the disk is full, or the loss is no number any more.
+    """
+    started = time.perf_counter()
+    rows = Rows.open(data / "train")
+    if rows.window > base.config.context:
+        what = f"rows of {rows.window} tokens are longer than the model's context of {base.config.context}"
+        raise DanluError(what, where=data, fix="lower data.window")
+    steps = settings.steps or math.ceil(settings.epochs * len(rows) / settings.batch_rows)
+    tokens = steps * settings.batch_rows * rows.window
+    dtype, compiled = _decide(settings, base, tokens, out / WORK / "decisions.json")
+
+    model = prepare(settings, base, dtype, seed)
+    optimizer = MasterAdamW(*masters_of(model, dtype), settings)
+    finish = compile_blocks(model) if compiled else softmax_gradient
+    trainable = sum(tensor.numel() for tensor in optimizer.masters.values())
+    epochs = steps * settings.batch_rows / len(rows)
+    say(
+        f"tune: {steps} steps of {settings.batch_rows} x {rows.window} tokens ({epochs:.2f} epochs of {len(rows)} rows)"
+    )
+    say(f"tune: {settings.method}, {trainable:,} trainable of {sum(p.numel() for p in model.parameters()):,} weights")
+    losses = train(
+        model,
+        next_token(finish),
+        Stream(rows, settings.batch_rows, seed),
+        optimizer,
+        partial(learning_rate, steps=steps, settings=settings),
+        steps=steps,
+        micro_batches=settings.batch_rows // (settings.micro_rows or settings.batch_rows),
+        checkpoint_steps=settings.checkpoint_steps,
+        keep_checkpoints=settings.keep_checkpoints,
+        seed=seed,
+        out=out,
+        checkpoints=out / WORK / "checkpoints",
+    )
+    if settings.method == "lora":
+        save_adapter(
+            model,
+            out / "adapter",
+            rank=settings.rank,
+            alpha=settings.alpha,
+            dropout=settings.dropout,
+            base=str(base.path),
+        )
+    learned = {name: tensor.detach() for name, tensor in optimizer.masters.items()}
+    del model, optimizer
+    save_checkpoint(_finished(settings, base, learned, seed), base.tokenizer, out / "model")
+    return _figures(out, losses, steps, trainable, time.perf_counter() - started) | {
+        "method": settings.method,
+        "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
+        "compiled": compiled,
+    }
+
+
+def prepare(settings: TuneSettings, base: Checkpoint, dtype: torch.dtype, seed: int) -> Decoder:
+    """The model ready to learn: frozen and with adapters (lora, base in `dtype`), or all fp32 and trainable (full)."""
+    if settings.method == "full":
+        return base.load(torch.float32)
+    model = base.load(dtype)
+    add_lora(
+        model, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, targets=settings.targets, seed=seed
+    )
+    return model
+
+
+def _decide(settings: TuneSettings, base: Checkpoint, tokens: int, note: Path) -> tuple[torch.dtype, bool]:
+    """Precision and compiling, measured once a run: a resumed run must compute as it began."""
+    if note.exists():
+        decided = json.loads(note.read_text(encoding="utf-8"))
+    else:
+        dtype, why = choose_precision(settings.precision)
+        flops = 6 if settings.method == "full" else 4
+        compiled, reason = choose_compile(settings.compile, base.config, tokens, flops, dtype)
+        decided = {"bf16": dtype == torch.bfloat16, "compile": compiled, "precision": why, "compiling": reason}
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_json(note, decided)
+    say(f"tune: precision {decided['precision']}")
+    say(f"tune: compile {decided['compiling']}")
+    return torch.bfloat16 if decided["bf16"] else torch.float32, decided["compile"]
+
+
+def _finished(settings: TuneSettings, base: Checkpoint, learned: dict[str, torch.Tensor], seed: int) -> Decoder:
+    """The base in fp32 with what was learned: adapters merged into it, or all weights replaced."""
+    model = prepare(settings, base, torch.float32, seed)
+    places: dict[str, nn.Parameter] = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in learned.items():
+            places[name].copy_(tensor)
+    if any(True for _ in adapters(model)):
+        merge_lora(model)
+    return model
+
+
+def _figures(out: Path, losses: list[float], steps: int, trainable: int, seconds: float) -> dict[str, Any]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    tenth = max(1, len(losses) // 10)
+    return {
+        "loss_first": figure(statistics.fmean(losses[:tenth]), "nat/token", by=f"mean of the first {tenth} steps"),
+        "loss_last": figure(statistics.fmean(losses[-tenth:]), "nat/token", by=f"mean of the last {tenth} steps"),
+        "steps": figure(steps, "steps"),
+        "tokens": figure(sum(line["tokens"] for line in lines), "tokens"),
+        "trained_tokens": figure(sum(line["trained"] for line in lines), "tokens"),
+        "tokens_per_second": figure(
+            statistics.median(line["tokens_per_second"] for line in lines), "token/s", by="median of the steps"
+        ),
+        "trainable_weights": figure(trainable, "weights"),
+        "seconds": figure(round(seconds, 1), "s", by="this process; time before a restart is not in it"),
+        "memory": figure(max(line["memory_bytes"] for line in lines), "bytes", by="largest resident size after a step"),
+    }

@@ -1,0 +1,104 @@
+"""The tiled attention against the library's, and what packing, windows and the cache must not change."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from danlu.errors import DanluError
+from danlu.model.attention import _mask
+from danlu.model.config import ModelConfig
+from danlu.model.tiled_attention import make_tiles, tiled_attention
+from danlu.model.transformer import Decoder
+
+
+def by_mask(query, key, value, segments, window):
+    """The same attention by scaled_dot_product_attention with an explicit mask."""
+    positions = torch.arange(query.shape[1]).expand(len(query), -1)
+    mixed = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (query, key, value)), attn_mask=_mask(positions, segments, window), enable_gqa=True
+    )
+    return mixed.transpose(1, 2)
+
+
+@st.composite
+def cases(draw):
+    length = draw(st.integers(1, 200))
+    rows = draw(st.integers(1, 3))
+    cuts = [sorted(draw(st.sets(st.integers(1, max(length - 1, 1)), max_size=4))) for _ in range(rows)]
+    segments = torch.stack(
+        [sum((torch.arange(length) >= cut).int() for cut in row) + torch.ones(length) for row in cuts]
+    )
+    packed = draw(st.booleans())
+    return length, rows, segments.int() if packed else None, draw(st.sampled_from([None, 1, 7, 64, 500]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases())
+def test_equals_masked_attention_with_gradients(case):
+    length, rows, segments, window = case
+    generator = torch.Generator().manual_seed(length)
+    inputs = [torch.randn(rows, length, heads, 8, generator=generator).requires_grad_() for heads in (4, 2, 2)]
+    upstream = torch.randn(rows, length, 4, 8, generator=generator)
+    tiles = make_tiles(rows, length, segments, window)
+    ours = tiled_attention(*inputs, tiles, window or 0)
+    theirs = by_mask(*inputs, segments, window or 0)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    for mine, other in zip(
+        torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(theirs, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(mine, other, atol=2e-5, rtol=1e-5)
+
+
+def test_padding_is_skipped_and_gets_no_gradient():
+    segments = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]], dtype=torch.int32)
+    inputs = [torch.randn(2, 5, heads, 4, requires_grad=True) for heads in (2, 1, 1)]
+    mixed = tiled_attention(*inputs, make_tiles(2, 5, segments, None), 0)
+    assert mixed[0, 3:].abs().sum() == 0 and mixed[1].abs().sum() == 0
+    for gradient in torch.autograd.grad(mixed.sum(), inputs):
+        assert gradient[0, 3:].abs().sum() == 0 and gradient[1].abs().sum() == 0
+
+
+def test_is_a_sound_operator():
+    inputs = [torch.randn(1, 6, heads, 4, requires_grad=True) for heads in (2, 1, 1)]
+    torch.library.opcheck(tiled_attention, (*inputs, make_tiles(1, 6, None, None), 0))
+
+
+def tiny(**changes) -> Decoder:
+    shape = {"vocab_size": 50, "width": 32, "layers": 2, "heads": 4, "kv_heads": 2, "head_width": 8}
+    torch.manual_seed(0)
+    return Decoder(ModelConfig(**{**shape, "feedforward_width": 48, "context": 256, "tied": True, **changes})).eval()
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@torch.no_grad()
+def test_cached_in_pieces_equals_uncached(window):
+    model, tokens = tiny(sliding_window=window), torch.randint(0, 50, (3, 40))
+    whole, cache = model(tokens), model.new_cache(3, 64)
+    pieces = [model(part, cache=cache) for part in tokens.split([17, 1, 22], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_later_tokens_and_other_documents_change_nothing():
+    model, tokens = tiny(), torch.randint(0, 50, (1, 90))
+    segments = torch.tensor([[1] * 30 + [2] * 60], dtype=torch.int32)
+    positions = torch.cat([torch.arange(30), torch.arange(60)])[None]
+    packed = model(tokens, segments=segments, positions=positions)
+    torch.testing.assert_close(packed[:, :30], model(tokens[:, :30]), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(packed[:, 30:], model(tokens[:, 30:]), atol=1e-6, rtol=1e-6)
+    changed = tokens.clone()
+    changed[0, 50] = (changed[0, 50] + 1) % 50
+    again = model(changed, segments=segments, positions=positions)
+    assert torch.equal(again[:, :50], packed[:, :50]) and not torch.equal(again[:, 50:], packed[:, 50:])
+
+
+def test_too_long_is_refused_with_both_numbers():
+    model = tiny()
+    with pytest.raises(DanluError, match=r"257 .* 256"):
+        model(torch.zeros(1, 257, dtype=torch.int64))
+    with pytest.raises(DanluError, match="5 tokens do not fit in a cache of 4"):
+        model(torch.zeros(1, 5, dtype=torch.int64), cache=model.new_cache(1, 4))

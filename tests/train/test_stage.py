@@ -1,0 +1,185 @@
+"""Tuning a small real model: it learns, resumes bit for bit, and survives damage and a full disk."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from danlu.data.stream import Rows, make_batch
+from danlu.errors import DanluError
+from danlu.model.checkpoint import Checkpoint
+from danlu.train import loop, state
+from danlu.train.compiling import choose_compile, compile_blocks
+from danlu.train.objective import next_token
+from danlu.train.settings import TuneSettings
+from danlu.train.stage import tune
+
+SETTINGS = TuneSettings(
+    steps=8, batch_rows=4, rank=4, learning_rate=5e-3, checkpoint_steps=2, precision="fp32", compile="off", dropout=0.1
+)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """12 packed rows of 48 tokens, two documents each, easy to learn by heart."""
+    train = tmp_path / "data" / "train"
+    train.mkdir(parents=True)
+    tokens = np.random.default_rng(0).integers(0, 40, (12, 48), dtype=np.int32)
+    segments = np.ones((12, 48), dtype=np.int32)
+    segments[:, 20:40] = 2
+    segments[:, 40:] = 0
+    trained = (segments > 0) & (np.arange(48) % 20 > 4)
+    for name, array in {"tokens": tokens, "segments": segments, "trained": trained}.items():
+        np.save(train / f"{name}.npy", array)
+    return train.parent
+
+
+@pytest.fixture
+def base(tiny_model: Path) -> Checkpoint:
+    return Checkpoint.open(tiny_model)
+
+
+def run(base: Checkpoint, data: Path, out: Path, **changes: object) -> dict:
+    out.mkdir(exist_ok=True)
+    return tune(SETTINGS.model_copy(update=changes), base, data, out, seed=7)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model" / "model.safetensors")
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = weights(one), weights(other)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"method": "full"}, {"method": "full", "precision": "bf16"}, {"precision": "bf16"}]
+)
+def test_learns(base, data, tmp_path, changes):
+    figures = run(base, data, tmp_path / "out", **changes)
+    assert figures["loss_last"]["value"] < figures["loss_first"]["value"] - 0.1
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert all(line["tokens"] == 4 * 40 for line in lines)
+    assert list((tmp_path / "out" / "tensorboard").iterdir())
+    assert Checkpoint.open(tmp_path / "out").tokenizer.fingerprint == base.tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_an_interrupted_run_ends_with_the_same_bits(base, data, tmp_path, monkeypatch, method):
+    run(base, data, tmp_path / "straight", method=method)
+    saves = []
+
+    def power_cut(home, step, tensors, keep):
+        state_save(home, step, tensors, keep)
+        saves.append(step)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    state_save = state.save
+    monkeypatch.setattr(loop.state, "save", power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(base, data, tmp_path / "broken", method=method)
+    run(base, data, tmp_path / "broken", method=method)
+    assert saves == [2, 4, 6, 8]
+    assert same(tmp_path / "straight", tmp_path / "broken")
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("straight", "broken")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_any_cut_into_micro_batches_gives_the_same_loss_and_gradient(base, data):
+    batch = make_batch(Rows.open(data / "train"), range(4))
+    found = []
+    for parts in (1, 2, 4):
+        model = base.load()
+        losses = [next_token()(model, part) for part in batch.split(parts)]
+        for loss in losses:
+            (loss.sum / batch.count).backward()
+        assert sum(loss.count for loss in losses) == batch.count
+        found.append(
+            (sum(loss.sum.item() for loss in losses), torch.cat([p.grad.flatten() for p in model.parameters()]))
+        )
+    for value, gradient in found[1:]:
+        assert value == pytest.approx(found[0][0], rel=1e-6)
+        torch.testing.assert_close(gradient, found[0][1], atol=1e-6, rtol=1e-4)
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud(base, data, tmp_path, monkeypatch, capsys):
+    run(base, data, tmp_path / "straight")
+    monkeypatch.setattr("danlu.train.stage.save_checkpoint", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(base, data, tmp_path / "broken")
+    monkeypatch.undo()
+    newest = max((tmp_path / "broken" / "work" / "checkpoints").glob("*.safetensors"))
+    content = bytearray(newest.read_bytes())
+    content[-5] ^= 1
+    newest.write_bytes(content)
+    run(base, data, tmp_path / "broken")
+    said = capsys.readouterr().err
+    assert "the checkpoint of step 8 is damaged" in said and "goes on after step 6" in said
+    assert same(tmp_path / "straight", tmp_path / "broken")
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
+    home = tmp_path / "checkpoints"
+    small, large = {"x": torch.arange(10.0)}, {"x": torch.zeros(1_000_000)}
+    state.save(home, 1, small, keep=2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, before[1]))
+    try:
+        with pytest.raises(DanluError, match=r"step 2 cannot be written.*the checkpoint of step 1 stays"):
+            state.save(home, 2, large, keep=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    step, tensors = state.resume(home)
+    assert step == 1 and torch.equal(tensors["x"], small["x"])
+    assert sorted(file.name for file in home.iterdir()) == ["step-00000001.json", "step-00000001.safetensors"]
+
+
+def test_compiled_equals_eager(base, data):
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("no C++ compiler")
+    rows = Rows.open(data / "train")
+    eager, compiled = base.load(), base.load()
+    finish = compile_blocks(compiled)
+    for indices in ([0, 1], [2, 3]):  # another packing must not need another program
+        batch = make_batch(rows, indices)
+        one, two = next_token()(eager, batch), next_token(finish)(compiled, batch)
+        assert float(one.sum) == pytest.approx(float(two.sum), rel=1e-5)
+        one.sum.backward()
+        two.sum.backward()
+    for a, b in zip(eager.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-3)
+
+
+def test_compiles_only_where_it_pays(base):
+    short, _ = choose_compile("auto", base.config, 10_000, 6, torch.float32)
+    long, _ = choose_compile("auto", base.config, 10**12, 6, torch.float32)
+    assert (short, long) == (False, shutil.which("c++") is not None)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(base, data, tmp_path):
+    with pytest.raises(DanluError, match="gradient norm"):
+        run(base, data, tmp_path / "out", learning_rate=1e30, method="full", clip=1e30, steps=8)
+
+
+def test_rows_longer_than_the_context_are_refused(base, data, tmp_path):
+    for file in (data / "train").iterdir():
+        array = np.load(file)
+        np.save(file, np.concatenate([array] * 11, axis=1))
+    with pytest.raises(DanluError, match=r"rows of 528 tokens .* context of 512"):
+        run(base, data, tmp_path / "out")
