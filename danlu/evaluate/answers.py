@@ -33,6 +33,11 @@ class Question:
     reference: str
     origin: dict[str, Any]
 
+    @property
+    def group(self) -> str:
+        """What this question shares with others that are no independent evidence."""
+        return self.origin["group"] or f"{self.origin['file']}:{self.origin['line']}"
+
 
 @dataclass(frozen=True)
 class Answer:

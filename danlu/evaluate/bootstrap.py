@@ -2,7 +2,7 @@
 
 The bootstrap is Efron's (1979, doi:10.1214/aos/1176344552); the interval is the bias-corrected and accelerated one
 (BCa; Efron 1987, doi:10.1080/01621459.1987.10478410), which follows skew where the plain percentile interval does not.
-Documents, not tokens, are drawn: tokens of one document are not independent.
+Documents, or groups of them, are drawn and not tokens: tokens of one document are not independent.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import Tensor
 from danlu.console import progress
 from danlu.data.stream import IGNORED, Batch, Rows, make_batch
 from danlu.errors import DanluError
-from danlu.evaluate.bootstrap import Interval, interval
+from danlu.evaluate.bootstrap import Interval
 from danlu.model.loss import token_losses
 from danlu.model.transformer import Decoder
 
@@ -36,14 +36,6 @@ class Heldout:
     losses: NDArray[np.float64]
     counts: NDArray[np.int64]
     correct: NDArray[np.int64]
-
-    def loss(self, seed: int = 0, samples: int = 1000) -> Interval:
-        """Mean loss in nat per token, its interval over documents."""
-        return interval(self.losses, self.counts, seed, samples)
-
-    def accuracy(self, seed: int = 0, samples: int = 1000) -> Interval:
-        """Share of tokens predicted right, given all tokens before them."""
-        return interval(self.correct, self.counts, seed, samples)
 
 
 def perplexity(loss: Interval) -> Interval:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from danlu.artifact import Figures, figure, write_aside
@@ -15,6 +16,7 @@ from danlu.data.stream import Rows
 from danlu.errors import DanluError
 from danlu.evaluate.answers import Answer, Question, answer_all, draw_questions
 from danlu.evaluate.bootstrap import Change, interval, paired_change, proportion
+from danlu.evaluate.groups import groups_of, pooled
 from danlu.evaluate.heldout import Heldout, choose_rows, perplexity, relative_perplexity, score
 from danlu.evaluate.settings import EvaluateSettings
 from danlu.model.checkpoint import Checkpoint
@@ -29,12 +31,19 @@ class Measured:
     answers: list[Answer]
 
 
+class Draw(NamedTuple):
+    """How the bootstrap draws: its seed, and how often."""
+
+    seed: int
+    samples: int
+
+
 def evaluate(
     settings: EvaluateSettings, base: Checkpoint, tuned: Checkpoint, data: Path, out: Path, seed: int
 ) -> Figures:
     """Measure both models on the same held-out rows and questions.
 
-    Fills `out` with documents.jsonl (loss sums in nat, tokens and right tokens of every scored document) and
+    Fills `out` with documents.jsonl (group, tokens, loss sums in nat and right tokens of every scored document) and
     answers.jsonl (prompt, reference, both answers and their scores), from which every figure can be made again.
 
     Args:
@@ -66,49 +75,57 @@ def evaluate(
 
     before = measure(base, "before")  # one model at a time: its weights are gone before the next come
     after = measure(tuned, "after")
-    _write_documents(out / "documents.jsonl", before.heldout, after.heldout)
+    groups = groups_of(data / "heldout.jsonl", base.tokenizer, rows, before.heldout.row, before.heldout.segment)
+    _write_documents(out / "documents.jsonl", before.heldout, after.heldout, groups)
     _write_answers(out / "answers.jsonl", questions, before.answers, after.answers)
+    draw = Draw(seed, settings.resamples)
     how = f"weights and products in {'bf16' if dtype == torch.bfloat16 else 'fp32'}, seed {seed}"
-    by = f"{len(before.heldout.counts)} held-out documents, {how}"
-    figures = _heldout_figures(before.heldout, after.heldout, by, seed, settings.resamples)
+    figures = _heldout_figures(before.heldout, after.heldout, groups, draw, how)
     if questions:
-        by = f"{len(questions)} held-out prompts, greedy, at most {settings.max_new_tokens} tokens, {how}"
-        figures |= _answer_figures(before.answers, after.answers, by, seed, settings.resamples)
+        how = f"greedy, at most {settings.max_new_tokens} tokens, {how}"
+        figures |= _answer_figures(before.answers, after.answers, [one.group for one in questions], draw, how)
     return figures
 
 
-def _heldout_figures(before: Heldout, after: Heldout, by: str, seed: int, samples: int) -> Figures:
-    loss = paired_change(before.losses, after.losses, before.counts, seed, samples)
-    right = paired_change(before.correct, after.correct, before.counts, seed, samples)
-    was, now = before.loss(seed, samples), after.loss(seed, samples)
+def _heldout_figures(before: Heldout, after: Heldout, groups: list[str], draw: Draw, how: str) -> Figures:
+    by = f"{len(groups)} held-out documents in {len(set(groups))} groups, which are resampled; {how}"
+    counts, was, now, was_right, now_right = pooled(
+        groups, before.counts, before.losses, after.losses, before.correct, after.correct
+    )
+    loss_before, loss_after = interval(was, counts, *draw), interval(now, counts, *draw)
+    change = paired_change(was, now, counts, *draw)
     return {
-        "heldout_documents": figure(len(before.counts), "documents"),
-        "heldout_tokens": figure(int(before.counts.sum()), "token"),
-        "heldout_loss_before": was.figure("nat/token", by),
-        "heldout_loss_after": now.figure("nat/token", by),
-        **_change_figures("heldout_loss", loss, "nat/token", by),
-        "perplexity_before": perplexity(was).figure("perplexity", by),
-        "perplexity_after": perplexity(now).figure("perplexity", by),
-        "perplexity_change_relative": relative_perplexity(loss.absolute).figure("share", f"paired; {by}"),
-        "token_accuracy_before": before.accuracy(seed, samples).figure("share", by),
-        "token_accuracy_after": after.accuracy(seed, samples).figure("share", by),
-        **_change_figures("token_accuracy", right, "share", by),
+        "heldout_documents": figure(len(groups), "documents"),
+        "heldout_groups": figure(len(set(groups)), "groups"),
+        "heldout_tokens": figure(int(counts.sum()), "token"),
+        "heldout_loss_before": loss_before.figure("nat/token", by),
+        "heldout_loss_after": loss_after.figure("nat/token", by),
+        **_change_figures("heldout_loss", change, "nat/token", by),
+        "perplexity_before": perplexity(loss_before).figure("perplexity", by),
+        "perplexity_after": perplexity(loss_after).figure("perplexity", by),
+        "perplexity_change_relative": relative_perplexity(change.absolute).figure("share", f"paired; {by}"),
+        "token_accuracy_before": interval(was_right, counts, *draw).figure("share", by),
+        "token_accuracy_after": interval(now_right, counts, *draw).figure("share", by),
+        **_change_figures("token_accuracy", paired_change(was_right, now_right, counts, *draw), "share", by),
     }
 
 
-def _answer_figures(before: list[Answer], after: list[Answer], by: str, seed: int, samples: int) -> Figures:
-    was, now = [each.rouge for each in before], [each.rouge for each in after]
-    was_exact, now_exact = [each.exact for each in before], [each.exact for each in after]
+def _answer_figures(before: list[Answer], after: list[Answer], groups: list[str], draw: Draw, how: str) -> Figures:
+    by = f"{len(groups)} held-out prompts in {len(set(groups))} groups, which are resampled; {how}"
+    exact_by = f"{len(groups)} held-out prompts, Wilson's interval; {how}"
+    was_exact, now_exact = (np.array([each.exact for each in side]) for side in (before, after))
+    was, now = (np.array([each.rouge for each in side]) for side in (before, after))
+    counts, was, now, was_hits, now_hits = pooled(groups, np.ones(len(groups)), was, now, was_exact, now_exact)
     return {
-        "answers": figure(len(before), "answers"),
+        "answers": figure(len(groups), "answers"),
         "answers_cut_before": figure(sum(each.cut for each in before), "answers"),
         "answers_cut_after": figure(sum(each.cut for each in after), "answers"),
-        "rouge_l_before": interval(was, None, seed, samples).figure("score", by),
-        "rouge_l_after": interval(now, None, seed, samples).figure("score", by),
-        **_change_figures("rouge_l", paired_change(was, now, None, seed, samples), "score", by),
-        "exact_match_before": proportion(sum(was_exact), len(was_exact)).figure("share", by),
-        "exact_match_after": proportion(sum(now_exact), len(now_exact)).figure("share", by),
-        **_change_figures("exact_match", paired_change(was_exact, now_exact, None, seed, samples), "share", by),
+        "rouge_l_before": interval(was, counts, *draw).figure("score", by),
+        "rouge_l_after": interval(now, counts, *draw).figure("score", by),
+        **_change_figures("rouge_l", paired_change(was, now, counts, *draw), "score", by),
+        "exact_match_before": proportion(int(was_exact.sum()), len(groups)).figure("share", exact_by),
+        "exact_match_after": proportion(int(now_exact.sum()), len(groups)).figure("share", exact_by),
+        **_change_figures("exact_match", paired_change(was_hits, now_hits, counts, *draw), "share", by),
     }
 
 
@@ -119,17 +136,18 @@ def _change_figures(name: str, change: Change, unit: str, by: str) -> Figures:
     return made
 
 
-def _write_documents(path: Path, before: Heldout, after: Heldout) -> None:
-    columns = {
-        "row": before.row,
-        "segment": before.segment,
-        "tokens": before.counts,
-        "loss_before": before.losses.round(4),
-        "loss_after": after.losses.round(4),
-        "correct_before": before.correct,
-        "correct_after": after.correct,
+def _write_documents(path: Path, before: Heldout, after: Heldout, groups: list[str]) -> None:
+    columns: dict[str, list[Any]] = {
+        "row": before.row.tolist(),
+        "segment": before.segment.tolist(),
+        "group": groups,
+        "tokens": before.counts.tolist(),
+        "loss_before": before.losses.round(4).tolist(),
+        "loss_after": after.losses.round(4).tolist(),
+        "correct_before": before.correct.tolist(),
+        "correct_after": after.correct.tolist(),
     }
-    values = zip(*(column.tolist() for column in columns.values()), strict=True)
+    values = zip(*columns.values(), strict=True)
     _write_lines(path, [dict(zip(columns, row, strict=True)) for row in values])
 
 

@@ -13,7 +13,7 @@ from danlu.data.stream import Rows
 from danlu.errors import DanluError
 from danlu.evaluate import heldout
 from danlu.evaluate.bootstrap import Interval
-from danlu.evaluate.heldout import choose_rows, perplexity, score
+from danlu.evaluate.heldout import choose_rows, perplexity, relative_perplexity, score
 from danlu.model.config import ModelConfig
 from danlu.model.transformer import Decoder
 
@@ -102,9 +102,9 @@ def test_chosen_rows_keep_their_own_numbers(model, rows):
 
 
 def test_bf16_is_near_fp32(model, rows):
-    exact = score(model, rows, np.arange(9)).loss().value
-    rough = score(_in_bf16(model), rows, np.arange(9)).loss().value
-    assert rough == pytest.approx(exact, rel=0.02)
+    exact, rough = (score(each, rows, np.arange(9)) for each in (model, _in_bf16(model)))
+    np.testing.assert_array_equal(rough.counts, exact.counts)
+    assert rough.losses.sum() == pytest.approx(exact.losses.sum(), rel=0.02)
 
 
 def _in_bf16(model: Decoder) -> Decoder:
@@ -113,13 +113,10 @@ def _in_bf16(model: Decoder) -> Decoder:
     return copy.to(torch.bfloat16).eval()
 
 
-def test_loss_accuracy_and_perplexity_come_from_the_sums(model, rows):
-    found = score(model, rows, np.arange(9))
-    loss = found.loss(seed=1)
-    assert loss.value == pytest.approx(found.losses.sum() / found.counts.sum())
-    assert loss.low < loss.value < loss.high
-    assert found.accuracy().value == found.correct.sum() / found.counts.sum()
-    assert perplexity(loss) == Interval(*np.exp(loss).tolist())
+def test_perplexity_is_the_exponential_of_loss_limits_and_all():
+    assert perplexity(Interval(2.0, 1.9, 2.2)) == pytest.approx(np.exp([2.0, 1.9, 2.2]).tolist())
+    was, now = perplexity(Interval(2.0, 1.9, 2.2)).value, perplexity(Interval(1.7, 1.5, 1.8)).value
+    assert relative_perplexity(Interval(-0.3, -0.4, -0.2)).value == pytest.approx(now / was - 1)
 
 
 def test_rows_are_drawn_by_the_seed_and_bounded(rows):

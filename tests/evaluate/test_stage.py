@@ -13,6 +13,7 @@ from danlu.data.build import build_data
 from danlu.data.settings import DataSettings
 from danlu.errors import DanluError
 from danlu.evaluate.bootstrap import interval, paired_change
+from danlu.evaluate.groups import pooled
 from danlu.evaluate.settings import EvaluateSettings
 from danlu.evaluate.stage import evaluate
 from danlu.model.checkpoint import Checkpoint, save_checkpoint
@@ -72,16 +73,17 @@ def test_every_estimate_has_its_interval(made):
 
 def test_held_out_figures_can_be_made_again_from_the_documents(made):
     out, figures = made
-    columns = {name: np.array([row[name] for row in read(out / "documents.jsonl")]) for name in (
-        "tokens", "loss_before", "loss_after", "correct_after"
-    )}  # fmt: skip
-    before, after, tokens = columns["loss_before"], columns["loss_after"], columns["tokens"]
-    assert figures["heldout_documents"]["value"] == len(tokens) > 10
+    documents = read(out / "documents.jsonl")
+    groups = [row["group"] for row in documents]
+    names = ("tokens", "loss_before", "loss_after", "correct_after")
+    tokens, before, after, right = pooled(groups, *(np.array([row[name] for row in documents]) for name in names))
+    assert figures["heldout_documents"]["value"] == len(documents) > 10
+    assert figures["heldout_groups"]["value"] == len(set(groups))
     assert figures["heldout_tokens"]["value"] == tokens.sum()
     again = interval(after, tokens, seed=3, samples=200)
     assert figures["heldout_loss_after"]["value"] == pytest.approx(again.value, abs=1e-4)
     assert figures["heldout_loss_after"]["high"] == pytest.approx(again.high, abs=1e-3)
-    assert figures["token_accuracy_after"]["value"] == pytest.approx(columns["correct_after"].sum() / tokens.sum())
+    assert figures["token_accuracy_after"]["value"] == pytest.approx(right.sum() / tokens.sum())
     change = paired_change(before, after, tokens, seed=3, samples=200).absolute
     assert figures["heldout_loss_change"]["low"] == pytest.approx(change.low, abs=1e-3)
     assert figures["perplexity_change_relative"]["value"] == pytest.approx(np.expm1(change.value), abs=1e-4)
