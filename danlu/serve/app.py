@@ -77,6 +77,10 @@ class Api:
         prompts = [await _refusing("prompt", text_prompt, self.backend.tokenizer, text) for text in asked.prompt]
         return await self._answer(request, asked, self._task(asked, TEXT, prompts, "prompt"))
 
+    def end(self) -> None:
+        """End every answer, and tell its client."""
+        self.line.end(ApiError(503, "the server has ended before the answer", kind="server_error", code="ended"))
+
     def _about(self) -> dict[str, Any]:
         about = {"id": self.backend.name, "object": "model", "created": self.made, "owned_by": "danlu"}
         return about | {"max_model_len": self.backend.context}
@@ -166,11 +170,11 @@ async def _cancel_when_gone(request: Request, job: Pieces) -> None:
 async def _on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):  # no such path, or not with this method
         error = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
-    return error_response(error if isinstance(error, ApiError) else failure(error))
+    return error_response(failure(error))
 
 
 def make_app(backend: Backend, *, token: str | None = None, waiting: int = WAITING) -> Starlette:
-    """The application over a loaded model.
+    """The application over a loaded model; its `state.api` is the Api.
 
     Args:
         backend: the model; closed with the application.
@@ -185,7 +189,7 @@ def make_app(backend: Backend, *, token: str | None = None, waiting: int = WAITI
         api.line.close()
         backend.close()
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/health", api.health),
             Route("/v1/models", api.models),
@@ -197,3 +201,5 @@ def make_app(backend: Backend, *, token: str | None = None, waiting: int = WAITI
         exception_handlers={ApiError: _on_error, HTTPException: _on_error, Exception: _on_error},
         lifespan=life,
     )
+    app.state.api = api
+    return app

@@ -50,11 +50,12 @@ class Job(Generic[Item]):
         with suppress(RuntimeError):  # the loop is closed: the server has gone, and nobody reads
             self._loop.call_soon_threadsafe(self._items.put_nowait, item)
 
-    def cancel(self) -> None:
-        """Stop at the next item, or never begin; a job that is done does not mind."""
+    def cancel(self, reason: Exception | None = None) -> None:
+        """Stop at the next item, or never begin; a job that is done does not mind. A reader gets the reason raised."""
         self._cancelled.set()
-        if self.future is not None and self.future.cancel():
-            self._items.put_nowait(_End())
+        if self.future is not None:
+            self.future.cancel()
+        self._items.put_nowait(reason or _End())
 
     async def __aiter__(self) -> AsyncIterator[Item]:
         while not isinstance(item := await self._items.get(), _End):
@@ -81,8 +82,12 @@ class Line:
         job.future.add_done_callback(lambda _: self._jobs.discard(job))
         return job
 
-    def close(self) -> None:
-        """End every job and wait for the one at work. Called in the event loop."""
+    def end(self, reason: Exception | None = None) -> None:
+        """Cancel every job. Called in the event loop."""
         for job in list(self._jobs):
-            job.cancel()
+            job.cancel(reason)
+
+    def close(self) -> None:
+        """Cancel every job and wait for the one at work to stop. Called in the event loop."""
+        self.end()
         self._worker.shutdown(wait=True)

@@ -155,6 +155,8 @@ def _event(value: dict[str, Any]) -> str:
 
 def failure(error: Exception) -> ApiError:
     """What the client is told of a failure inside; the server's own output says the rest."""
+    if isinstance(error, ApiError):
+        return error
     complain(f"an answer failed: {error!r}")
     return ApiError(500, "the model failed to answer; the server's output says why", kind="server_error")
 

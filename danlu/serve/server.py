@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -16,8 +17,10 @@ from danlu.errors import DanluError, need_extra
 
 if TYPE_CHECKING:
     import uvicorn
+    from starlette.applications import Starlette
 
 GRACE = 10  # seconds that answers under way have to finish when the server ends
+LAST_WORDS = 5  # seconds to tell their clients after that
 TOKEN = "DANLU_TOKEN"
 
 
@@ -45,7 +48,7 @@ def run_server(
     Raises DanluError where the port is taken, the address is not this machine's or needs a token, or there is no model.
     """
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401  # asked for here, to say at once what to install
 
         from danlu.serve.app import make_app
     except ModuleNotFoundError as missing:
@@ -56,11 +59,10 @@ def run_server(
     with listen(host, port, token) as listener:
         backend = open_backend(ref, context=context, threads=threads)
         app = make_app(backend, token=token, waiting=waiting)
-        config = uvicorn.Config(app, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=GRACE)
         address, port = listener.getsockname()[:2]
         place = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
         say(f"serving {backend.name} at http://{place}/v1 (context {backend.context:,} tokens); Ctrl-C ends it")
-        server = uvicorn.Server(config)
+        server = _make_server(app)
         with _ended_by_signals(server):
             server.run(sockets=[listener])
     say("the server has ended")
@@ -93,6 +95,19 @@ def listen(host: str, port: int, token: str | None) -> socket.socket:
             f"cannot listen: {why}", where=where, fix="choose another --port, or 0 for a free one"
         ) from None
     return listener
+
+
+def _make_server(app: Starlette) -> uvicorn.Server:
+    """uvicorn, but answers that outlast the grace end with an error their clients can read, not with a cut line."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            asyncio.get_running_loop().call_later(GRACE, app.state.api.end)
+            await super().shutdown(sockets)
+
+    limit = GRACE + LAST_WORDS
+    return Server(uvicorn.Config(app, log_config=None, access_log=False, ws="none", timeout_graceful_shutdown=limit))
 
 
 @contextmanager

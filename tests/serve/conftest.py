@@ -20,8 +20,9 @@ from danlu.serve.backend import GGUFBackend
 CONTEXT = 320
 START = f"""
 import sys
-from danlu.serve.server import run_server
-run_server(sys.argv[1], port=0, context={CONTEXT}, threads=1, waiting=2)
+from danlu.serve import server
+server.GRACE = float(sys.argv[2])
+server.run_server(sys.argv[1], port=0, context={CONTEXT}, threads=1, waiting=2)
 """
 
 
@@ -45,9 +46,9 @@ def backend(gguf: Path) -> Iterator[GGUFBackend]:
 class Server:
     """A server process, its address and what it says."""
 
-    def __init__(self, ref: Path, **environment: str) -> None:
+    def __init__(self, ref: Path, grace: float = 10, **environment: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", START, str(ref)],
+            [sys.executable, "-c", START, str(ref), str(grace)],
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | environment,

@@ -231,6 +231,20 @@ def test_ctrl_c_lets_an_answer_finish(gguf: Path) -> None:
     assert server.process.returncode == 0
 
 
+def test_answers_that_outlast_the_grace_end_with_an_error(gguf: Path) -> None:
+    server = Server(gguf, grace=0.2)
+    asked = {"model": gguf.stem, "messages": LONG, "temperature": 0, "n": 8}
+    url = f"{server.url}/v1/chat/completions"
+    with ThreadPoolExecutor(3) as pool:
+        streamed = pool.submit(httpx.post, url, json=asked | {"stream": True}, timeout=30)
+        whole = [pool.submit(httpx.post, url, json=asked, timeout=30) for _ in range(2)]
+        time.sleep(1)
+        assert server.end(signal.SIGTERM) == 0
+        assert '"code":"ended"' in streamed.result().text.split("\n\n")[-2]
+        assert [answer.result().status_code for answer in whole] == [503, 503]
+    assert not any("Traceback" in line for line in server.said)
+
+
 def test_a_token_is_required_off_loopback(monkeypatch: pytest.MonkeyPatch, gguf: Path) -> None:
     monkeypatch.delenv("DANLU_TOKEN", raising=False)
     for host in ("0.0.0.0", "::"):
