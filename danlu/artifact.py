@@ -6,6 +6,7 @@ all. Its name holds the hash of everything that went in; the same ingredients ar
 
 from __future__ import annotations
 
+import ast
 import fcntl
 import hashlib
 import json
@@ -115,17 +116,42 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+HOME = Path(__file__).parent
+BYSTANDERS = {HOME / f"{name}.py" for name in ("__init__", "artifact", "console", "errors", "settings")}
+
+
 @cache
-def code_version(*rooms: str) -> str:
-    """SHA-256 over the source of the named modules or packages of danlu: other code, other artifact."""
-    home = Path(__file__).parent
-    digest = hashlib.sha256()
-    for room in sorted(rooms):
-        place = home / room
-        files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
-        for file in files:
-            digest.update(str(file.relative_to(home)).encode() + b"\0" + file.read_bytes())
-    return digest.hexdigest()
+def code_version(module: str) -> str:
+    """SHA-256 over the source of a module of danlu and of all it imports, directly or not: other code, other artifact.
+
+    Files named after a module, as report.html.j2, belong to it. What only speaks, names or packs (`BYSTANDERS`) does
+    not count.
+
+    Args:
+        module: its path, as in "train/stage".
+    """
+    found: set[Path] = set()
+    waiting = [HOME / f"{module}.py"]
+    while waiting:
+        file = waiting.pop()
+        if file not in found | BYSTANDERS:
+            found |= set(file.parent.glob(f"{file.stem}.*"))
+            waiting += _imported(file)
+    sources = {str(file.relative_to(HOME)): hash_file(file) for file in found}
+    return hashlib.sha256(canonical(sources).encode()).hexdigest()
+
+
+@cache
+def _imported(file: Path) -> list[Path]:
+    """The files of danlu that a file imports, anywhere in it."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    places = [HOME.joinpath(*name.split(".")[1:]) for name in names if name.split(".")[0] == "danlu"]
+    return [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
 
 
 def write_aside(path: Path, text: str) -> None:

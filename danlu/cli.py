@@ -276,12 +276,19 @@ def doctor(as_json: Json = False) -> None:
 
     Example:  danlu doctor --json
     """
+    from danlu.device.probe import print_probe, probe
+
+    found = probe()
+    if as_json:
+        _print_json(found)
+    else:
+        print_probe(found)
 
 
 @command
 def export(
     ref: Ref,
-    type_: Annotated[str, typer.Option("--type", help="The GGUF type: F32, F16, Q8_0, Q4_0, Q4_K_M, ...")],
+    type_: Annotated[str, typer.Option("--type", help="The GGUF type: f32, f16, q8_0, q4_0, q4_k_m, ...")],
     out: Annotated[Path, typer.Option(help="The file to write.")],
     as_json: Json = False,
 ) -> None:
@@ -289,8 +296,19 @@ def export(
 
     For llama.cpp and all that is built on it.
 
-    Example:  danlu export runs/python-helper --type Q8_0 --out helper.gguf
+    Example:  danlu export runs/python-helper --type q8_0 --out helper.gguf
     """
+    from danlu.compress.quantize import export as write
+    from danlu.model.checkpoint import Checkpoint
+    from danlu.pipeline import RUN, artifacts_of
+
+    is_run = (Path(ref) / RUN).is_file()
+    source: str | Path = artifacts_of(Path(ref)).get("tune", ref) if is_run else ref
+    stored = write(Checkpoint.open(source), type_, out)
+    if as_json:
+        _print_json({"file": str(out), "bytes": out.stat().st_size, "from": str(source), **stored.plain()})
+    else:
+        result(f"{out}: {out.stat().st_size / 1e6:,.1f} MB")
 
 
 def _print_json(value: Any) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,7 +31,7 @@ from danlu.artifact import (
 )
 from danlu.checks import check_packages, check_room, check_target
 from danlu.console import say
-from danlu.errors import TargetMissed
+from danlu.errors import DanluError
 from danlu.recipe import RecipeFile
 
 if TYPE_CHECKING:
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
 
 RUN = "run.json"
 PAGE = "report.html"
+CERTIFICATE = "certificate.json"
 DIGESTS = ".digests.json"
 WEIGHT_FILES = (".safetensors", ".json", ".jinja", ".txt", ".model")  # of a Hugging Face directory, what is read
 
@@ -50,13 +50,13 @@ class Step:
 
     Attributes:
         settings, inputs: what goes into its name; `inputs` maps a role to a digest.
-        rooms: the modules and packages of danlu whose code decides the result.
+        module: of danlu, whose code (and what it imports) decides the result.
         fill: puts the files into a directory and returns the figures.
     """
 
     settings: dict[str, Any]
     inputs: dict[str, str]
-    rooms: tuple[str, ...]
+    module: str
     fill: Callable[[Path], Figures]
 
 
@@ -107,10 +107,15 @@ class Run:
 
         return Checkpoint.open(self.made["tune"].path / "model")
 
+    @property
+    def certificate(self) -> dict[str, Any]:
+        """What was certified; empty before that."""
+        return _read_json(self.made["certify"].path / CERTIFICATE) if "certify" in self.made else {}
+
     def make(self, stage: str, until: str) -> None:
         """Make one stage's artifact, or find it made."""
         step = STEPS[stage](self)
-        code = code_version(*step.rooms)
+        code = code_version(step.module)
         name = content_id(stage, step.settings, step.inputs, code)
         if not self.fresh and not (self.root / f"{stage}-{name}").is_dir():
             self.check(STAGES[STAGES.index(stage) : STAGES.index(until) + 1])
@@ -133,18 +138,13 @@ class Run:
         if "compress" in stages or "certify" in stages:
             check_target(self.file, self.base.config)
 
-    def missed(self) -> list[str]:
-        """What the certificate found short of the target, line by line; empty where all is met or nothing certified."""
-        if "certify" not in self.made:
-            return []
-        certificate = json.loads((self.made["certify"].path / "certificate.json").read_text(encoding="utf-8"))
-        return [f"{line['name']}: {line['short']}" for line in certificate["lines"] if not line["passed"]]
-
     def raise_if_missed(self) -> None:
-        """Raise TargetMissed saying which lines of the target were missed and by how much."""
-        if short := self.missed():
-            lines = "".join(f"\n  {line}" for line in short)
-            raise TargetMissed(f"the target is missed:{lines}", where=self.made["certify"].path / "certificate.json")
+        """Raise TargetMissed if the certificate says so: which lines, and by how much."""
+        if not self.certificate.get("passed", True):
+            from danlu.device.certify import missed
+
+            if error := missed(self.certificate, self.made["certify"].path / CERTIFICATE):
+                raise error
 
     def summary(self) -> dict[str, Any]:
         """The run as JSON-ready values."""
@@ -159,7 +159,7 @@ class Run:
             }
             for stage, artifact in self.made.items()
         ]
-        return {"run": str(self.root), "stages": stages, "missed": self.missed()}
+        return {"run": str(self.root), "stages": stages, "passed": self.certificate.get("passed")}
 
     def record(self) -> None:
         """Write run.json, unless it says the same already."""
@@ -231,7 +231,7 @@ def _data(run: Run) -> Step:
         return build_data(located, run.base.tokenizer, out, seed)
 
     inputs = {"base": run.base_digest, "sources": _sha256(sources)}
-    return Step({**settings.plain(), "seed": seed}, inputs, ("data", "tokenizer"), fill)
+    return Step({**settings.plain(), "seed": seed}, inputs, "data/build", fill)
 
 
 def _tune(run: Run) -> Step:
@@ -243,7 +243,7 @@ def _tune(run: Run) -> Step:
         return tune(settings, run.base, data.path, out, seed)
 
     inputs = {"base": run.base_digest, **digests_read("tune", run.made)}
-    return Step({**settings.plain(), "seed": seed}, inputs, ("train", "model", "data", "tokenizer"), fill)
+    return Step({**settings.plain(), "seed": seed}, inputs, "train/stage", fill)
 
 
 def _evaluate(run: Run) -> Step:
@@ -255,7 +255,7 @@ def _evaluate(run: Run) -> Step:
         return evaluate(settings, run.base, run.tuned, data.path, out, seed)
 
     inputs = {"base": run.base_digest, **digests_read("evaluate", run.made)}
-    return Step({**settings.plain(), "seed": seed}, inputs, ("evaluate", "model", "data", "tokenizer"), fill)
+    return Step({**settings.plain(), "seed": seed}, inputs, "evaluate/stage", fill)
 
 
 def _compress(run: Run) -> Step:
@@ -267,8 +267,7 @@ def _compress(run: Run) -> Step:
         return compress(settings, target, run.tuned, data.path, out)
 
     inputs = {"machine": machine(), **digests_read("compress", run.made)}
-    rooms = ("compress", "device", "model", "data", "tokenizer")
-    return Step({**settings.plain(), "target": target.plain()}, inputs, rooms, fill)
+    return Step({**settings.plain(), "target": target.plain()}, inputs, "compress/stage", fill)
 
 
 def _certify(run: Run) -> Step:
@@ -281,8 +280,7 @@ def _certify(run: Run) -> Step:
         return certify(settings, target, run.tuned, exported.path / "model.gguf", data.path, out)
 
     inputs = {"machine": machine(), **digests_read("certify", run.made)}
-    rooms = ("device", "model", "data", "tokenizer")
-    return Step({**settings.plain(), "target": target.plain()}, inputs, rooms, fill)
+    return Step({**settings.plain(), "target": target.plain()}, inputs, "device/certify", fill)
 
 
 def _report(run: Run) -> Step:
@@ -294,7 +292,7 @@ def _report(run: Run) -> Step:
         return write_report(out, artifacts, name)
 
     inputs = {stage: hash_file(artifact.path / CARD) for stage, artifact in artifacts.items()}
-    return Step({"name": name}, inputs, ("report",), fill)
+    return Step({"name": name}, inputs, "report", fill)
 
 
 STEPS: dict[str, Callable[[Run], Step]] = {
@@ -306,6 +304,14 @@ STEPS: dict[str, Callable[[Run], Step]] = {
     "report": _report,
 }
 STAGES = tuple(STEPS)
+
+
+def artifacts_of(root: Path) -> dict[str, Path]:
+    """Stage -> the artifact's directory, in order, as run.json of a run's directory names them."""
+    try:
+        return {stage: root / name for stage, name in json.loads((root / RUN).read_text("utf-8"))["stages"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DanluError("is damaged", where=root / RUN, fix="run the recipe again") from None
 
 
 # --- Digests --------------------------------------------------------------------------------------------------------
@@ -331,12 +337,10 @@ class DigestCache:
 
 def machine() -> str:
     """SHA-256 of what a measured speed depends on: the processor, its cores, and the engine's version."""
-    try:
-        processor = Path("/proc/cpuinfo").read_text().split("model name")[1].splitlines()[0]
-    except (OSError, IndexError):
-        processor = platform.processor()
-    about = {"processor": processor, "machine": platform.machine(), "cores": os.cpu_count()}
-    return _sha256(about | {"engine": library_version("llama-cpp-python")})
+    from danlu.device.probe import processor
+
+    engine = library_version("llama-cpp-python")
+    return _sha256({"processor": processor(), "cores": os.cpu_count(), "engine": engine})
 
 
 def _sha256(value: object) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any
 from danlu.artifact import CARD, Artifact
 from danlu.console import result, table
 from danlu.errors import DanluError
-from danlu.pipeline import RUN, digests_read
-from danlu.report import show_amount, show_range, show_seconds, show_value
+from danlu.figures import show_amount, show_range, show_seconds, show_value
+from danlu.pipeline import RUN, artifacts_of, digests_read
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ def lineage(directory: Path, verify: bool = False) -> list[Hop]:
     Raises DanluError where there is no run and no artifact, or where something does not fit together.
     """
     if (directory / RUN).is_file():
-        hops = [Hop(stage, Artifact.load(directory / name)) for stage, name in _stages(directory / RUN).items()]
+        hops = [Hop(stage, Artifact.load(path)) for stage, path in artifacts_of(directory).items()]
     elif (directory / CARD).is_file():
         artifact = Artifact.load(directory)
         hops = [Hop(artifact.kind, artifact)]
@@ -48,13 +47,6 @@ def lineage(directory: Path, verify: bool = False) -> list[Hop]:
         if (directory / RUN).is_file():
             _verify_chain(hops)
     return hops
-
-
-def _stages(file: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))["stages"])
-    except (ValueError, KeyError, TypeError):
-        raise DanluError("is damaged", where=file, fix="run the recipe again") from None
 
 
 def _verify_chain(hops: list[Hop]) -> None:
@@ -73,7 +65,9 @@ def print_lineage(hops: list[Hop], verified: bool) -> None:
     for number, hop in enumerate(hops):
         card = hop.artifact.card
         cost = f"{show_seconds(card['seconds'])}, {show_amount(card['peak_memory_bytes'], 'bytes')}"
-        rows.append((f"{hop.artifact.path.name}", cost, card["made"]))
+        made_from = ", ".join(f"{role} {digest[:8]}" for role, digest in card["inputs"].items())
+        rows.append((hop.artifact.path.name, cost, ""))
+        rows.append((f"  from {made_from}", "", ""))
         rows += [(f"  {name}", value, interval) for name, value, interval in figure_rows(hop.artifact.figures)]
         if number < len(hops) - 1:
             rows.append(("", "", ""))

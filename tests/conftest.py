@@ -49,6 +49,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
     shape = {"width": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_width": 16, "feedforward_width": 128}
     torch.manual_seed(1)
     model = Decoder(ModelConfig(vocab_size=tokenizer.vocab_size, context=512, tied=True, **shape))
+    with torch.no_grad():
+        model.embedding.weight.mul_(0.05)  # near-uniform guesses, as a fresh model should make
     out = tmp_path_factory.mktemp("tiny") / "base"
     save_checkpoint(model, tokenizer, out)
     return out

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import danlu.artifact
 from danlu.artifact import CARD, WORK, Artifact, build, code_version, content_id, only_writer, write_aside
 from danlu.errors import DanluError
 
@@ -132,9 +133,34 @@ def test_damage_is_found(tmp_path: Path) -> None:
         Artifact.load(artifact.path)
 
 
-def test_other_code_is_another_version() -> None:
-    assert code_version("artifact") != code_version("artifact", "errors")
-    assert code_version("errors", "artifact") == code_version("artifact", "errors")
+def test_the_code_version_covers_what_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "danlu"
+    (home / "train").mkdir(parents=True)
+    for name, text in {
+        "train/__init__": "",
+        "train/stage": "def tune():\n    from danlu.train import loop\n",
+        "train/loop": "import danlu.model\nfrom danlu.console import say",
+        "model": "from danlu.train.loop import train  # a circle",
+        "console": "",
+        "report": "from danlu.train import stage",
+    }.items():
+        (home / f"{name}.py").write_text(text)
+    (home / "model.html.j2").write_text("<p>")
+    monkeypatch.setattr(danlu.artifact, "HOME", home)
+    monkeypatch.setattr(danlu.artifact, "BYSTANDERS", {home / "console.py"})
+
+    def after_changing(name: str) -> str:
+        with (home / (name if "." in name else f"{name}.py")).open("a") as file:
+            file.write("\n")
+        code_version.cache_clear()
+        return code_version("train/stage")
+
+    versions = [
+        after_changing(name) for name in ("train/stage", "train/loop", "model", "train/__init__", "model.html.j2")
+    ]
+    assert len(set(versions)) == 5
+    assert after_changing("report") == after_changing("console") == versions[-1]
+    code_version.cache_clear()
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
