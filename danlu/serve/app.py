@@ -19,7 +19,7 @@ from starlette.routing import Route
 from danlu.errors import DanluError
 from danlu.serve.guard import Guard
 from danlu.serve.line import Full, Line
-from danlu.serve.prompt import chat_prompt, room, text_prompt
+from danlu.serve.prompt import chat_prompt, room, text_prompt, with_system
 from danlu.serve.replies import (
     CHAT,
     TEXT,
@@ -67,7 +67,7 @@ class Api:
     async def chat(self, request: Request) -> Response:
         """POST /v1/chat/completions."""
         asked = await self._read(request, ChatRequest)
-        messages = [message.plain() for message in asked.messages]
+        messages = with_system([message.plain() for message in asked.messages], self.backend.system)
         prompt = await _refusing("messages", chat_prompt, self.backend.tokenizer, messages)
         return await self._answer(request, asked, self._task(asked, CHAT, [prompt], "messages"))
 

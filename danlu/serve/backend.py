@@ -27,10 +27,18 @@ class GGUFBackend:
 
     penalties = True
 
-    def __init__(self, path: Path, name: str, *, context: int | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        *,
+        system: str | None = None,
+        context: int | None = None,
+        threads: int | None = None,
+    ) -> None:
         from danlu.device.engine import Engine
 
-        self.name, self.tokenizer = name, Tokenizer.load(path)
+        self.name, self.system, self.tokenizer = name, system, Tokenizer.load(path)
         self._engine: Engine = Engine(path, context=context or CONTEXT, threads=threads)
         self.context = self._engine.context
 
@@ -57,18 +65,27 @@ class TorchBackend:
 
     penalties = False
 
-    def __init__(self, ref: str | Path, name: str, *, context: int | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        *,
+        system: str | None = None,
+        context: int | None = None,
+        threads: int | None = None,
+    ) -> None:
         import torch
 
         from danlu.model.checkpoint import Checkpoint
 
         if threads is not None:
             torch.set_num_threads(threads)
-        checkpoint = Checkpoint.open(ref)
+        checkpoint = Checkpoint.open(path)
         trained, asked = checkpoint.config.context, context or CONTEXT
         if context is not None and context > trained:
             warn(f"{name} was trained for {trained:,} tokens; the context is that, not {context:,}")
-        self.name, self.tokenizer, self.context = name, checkpoint.tokenizer, min(trained, asked)
+        self.name, self.system, self.tokenizer = name, system, checkpoint.tokenizer
+        self.context = min(trained, asked)
         self._model: Decoder = checkpoint.load()
 
     def generate(self, prompt: list[int], sampling: Sampling) -> Generator[int, None, None]:
@@ -100,42 +117,48 @@ def open_backend(ref: str | Path, *, context: int | None = None, threads: int | 
 
     Raises DanluError where there is no model, or it cannot be loaded.
     """
-    place = Path(ref)
-    name = _name(ref)
-    if (place / RUN).is_file():
-        ref = place = _model_of_run(place)
-    if (place / GGUF).is_file():
-        ref = place = place / GGUF
-    if place.suffix != ".gguf":
-        from danlu.model.checkpoint import find_checkpoint
+    name, system = _name(ref), None
+    if (Path(ref) / RUN).is_file():
+        ref, system = _model_of_run(Path(ref))
+    path = _checkpoint(ref)
+    made = GGUFBackend if path.suffix == ".gguf" else TorchBackend
+    return made(path, name, system=system, context=context, threads=threads)
 
-        ref = place = find_checkpoint(ref)
-    made = GGUFBackend if place.suffix == ".gguf" else TorchBackend
-    return made(place, name, context=context, threads=threads)
+
+def _checkpoint(ref: str | Path) -> Path:
+    """A .gguf file or a Hugging Face directory; a GGUF is found without loading PyTorch."""
+    for path in (Path(ref), Path(ref) / GGUF):
+        if path.suffix == ".gguf" and path.is_file():
+            return path
+    from danlu.model.checkpoint import find_checkpoint
+
+    return find_checkpoint(ref)
 
 
 def _name(ref: str | Path) -> str:
-    """What clients call the model: the run's, file's or directory's name, or the hub id."""
+    """What clients call the model: the run's, file's or directory's name, the hub id, or the package."""
     place = Path(ref)
     if place.suffix == ".gguf":
         return place.stem
     return place.resolve().name if place.exists() else str(ref).removeprefix("pypi:")
 
 
-def _model_of_run(root: Path) -> Path:
-    """The artifact of a run that answers best: the compressed model, or else the tuned one; which, is said."""
+def _model_of_run(root: Path) -> tuple[Path, str | None]:
+    """The artifact of a run that answers best, the compressed model or else the tuned one, and its system message."""
     try:
-        stages = json.loads((root / RUN).read_text(encoding="utf-8"))["stages"]
-        made = {kind: root / stages[kind] for kind in ("compress", "certify", "tune") if kind in stages}
-    except (ValueError, KeyError, TypeError):
+        run = json.loads((root / RUN).read_text(encoding="utf-8"))
+        made = {kind: root / name for kind, name in run["stages"].items()}
+        system = run["recipe"]["data"]["system"]
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise DanluError("is damaged", where=root / RUN, fix="run the recipe again") from None
+    if system is not None:
+        say(f"{root}: conversations without a system message get the one it was tuned with: {system}")
     if "compress" in made:
-        model = Artifact.load(made["compress"]).path / GGUF
-        say(f"{root}: {model.relative_to(root)}, {_verdict(made.get('certify'))}")
-        return model
+        say(f"{root}: {made['compress'].name}/{GGUF}, {_verdict(made.get('certify'))}")
+        return Artifact.load(made["compress"]).path, system
     if "tune" in made:
         say(f"{root}: no compressed model yet; using the tuned one, {made['tune'].name}, in float32")
-        return Artifact.load(made["tune"]).path
+        return Artifact.load(made["tune"]).path, system
     raise DanluError("this run has no model yet", where=root, fix="run its recipe to the end: danlu run RECIPE")
 
 

@@ -136,7 +136,7 @@ def chat(
     Args:
         ref: what `open_backend` takes: a run, an artifact, a GGUF, a Hugging Face directory or a hub id.
         prompt: one question; None holds a conversation, one line of standard input a turn.
-        system: the instruction before the conversation; None leaves it to the chat template.
+        system: the instruction before the conversation; None: the one it was tuned with, or else the template's own.
         temperature, top_p, seed: how tokens are chosen (see Sampling); temperature 0 always takes the likeliest.
         max_tokens: the most tokens of one answer; None: what the context has left.
         context: tokens of the whole conversation; None leaves it to the model.
@@ -146,7 +146,8 @@ def chat(
     Raises DanluError where there is no model; and, unless a person types, where the conversation outgrows the context.
     """
     with closing(open_backend(ref, context=context, threads=threads)) as backend:
-        conversation = Conversation(backend, Sampling(max_tokens or backend.context, temperature, top_p, seed), system)
+        sampling = Sampling(max_tokens or backend.context, temperature, top_p, seed)
+        conversation = Conversation(backend, sampling, backend.system if system is None else system)
         if prompt is not None:
             _take_turn(conversation, prompt, as_json)
         elif sys.stdin.isatty():

@@ -7,6 +7,13 @@ from danlu.serve.text import Backend
 from danlu.tokenizer import Tokenizer
 
 
+def with_system(messages: list[dict[str, str]], system: str | None) -> list[dict[str, str]]:
+    """The conversation as tuning saw it: with its system message, unless the conversation brings one of its own."""
+    if system is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
 def chat_prompt(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> list[int]:
     """Render a conversation with the model's own chat template, up to where its answer begins."""
     if tokenizer.chat_template is None:

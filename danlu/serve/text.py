@@ -40,6 +40,7 @@ class Backend(Protocol):
     context: int  # tokens, prompt and answer together
     tokenizer: Tokenizer
     penalties: bool  # whether frequency_penalty and presence_penalty can be honoured
+    system: str | None  # what stood before conversations that bring no system message when the model was tuned
 
     def generate(self, prompt: list[int], sampling: Sampling) -> Generator[int, None, None]:
         """Continue the prompt until a stop token, which is not given out, or the limit."""

@@ -19,6 +19,8 @@ from danlu.serve.backend import GGUFBackend, TorchBackend, open_backend
 from danlu.serve.prompt import chat_prompt
 from danlu.serve.text import Sampling
 
+RECIPE = {"data": {"system": "You are a pirate."}}
+
 
 @pytest.fixture(scope="module")
 def small(backend: GGUFBackend) -> Decoder:
@@ -50,7 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, small: Decoder, backend: GGUFB
     for kind, fill in (("tune", tune), ("compress", compress), ("certify", certify)):
         made, _ = build(root, kind, settings={}, inputs={}, code="", fill=fill)
         stages[kind] = made.path.name
-    write_json(root / "run.json", {"name": "my-run", "recipe": {}, "stages": stages})
+    write_json(root / "run.json", {"name": "my-run", "recipe": RECIPE, "stages": stages})
     return root
 
 
@@ -62,16 +64,28 @@ def test_a_run_gives_its_compressed_model(run: Path, capsys: pytest.CaptureFixtu
     made.close()
 
 
+def test_conversations_get_the_system_message_the_model_was_tuned_with(run: Path) -> None:
+    made = open_backend(run, context=64, threads=1)
+    user = [{"role": "user", "content": "Hi"}]
+    own = [{"role": "system", "content": "Be brief."}, *user]
+    tuned = [{"role": "system", "content": RECIPE["data"]["system"]}, *user]
+    with TestClient(make_app(made), base_url="http://localhost") as client:
+        for sent, read in ((user, tuned), (own, own)):
+            asked = {"model": "my-run", "messages": sent, "max_tokens": 1}
+            usage = client.post("/v1/chat/completions", json=asked).json()["usage"]
+            assert usage["prompt_tokens"] == len(chat_prompt(made.tokenizer, read))
+
+
 def test_a_run_that_got_no_further_gives_its_tuned_model(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (run / "run.json").read_text()
     tuned = next(run.glob("tune-*"))
     try:
-        write_json(run / "run.json", {"stages": {"tune": tuned.name}})
+        write_json(run / "run.json", {"recipe": RECIPE, "stages": {"tune": tuned.name}})
         made = open_backend(run)
         assert isinstance(made, TorchBackend)
         assert made.name == "my-run"
         assert "no compressed model yet" in capsys.readouterr().err
-        write_json(run / "run.json", {"stages": {}})
+        write_json(run / "run.json", {"recipe": RECIPE, "stages": {}})
         with pytest.raises(DanluError, match="no model yet"):
             open_backend(run)
     finally:

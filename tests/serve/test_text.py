@@ -18,7 +18,7 @@ CHINESE = "炼大模型👩‍🔬：丹炉里的火，烧了七七四十九天�
 class Scripted:
     """Says given tokens, to put the borders where a test wants them."""
 
-    name, context, penalties = "scripted", 10_000, True
+    name, context, penalties, system = "scripted", 10_000, True, None
 
     def __init__(self, tokenizer: Tokenizer, ids: list[int]) -> None:
         self.tokenizer, self.ids, self.closed = tokenizer, ids, False
