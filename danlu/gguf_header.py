@@ -11,13 +11,15 @@ import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from danlu.errors import DanluError
 
 MAGIC = b"GGUF"
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "an array"}
+T = TypeVar("T")
 DEFAULT_ALIGNMENT = 32
 
 
@@ -54,11 +56,35 @@ class Header:
     metadata: dict[str, Any]
     tensors: tuple[TensorPlace, ...]
 
-    def need(self, key: str) -> Any:
-        """The value of a key; raises DanluError where the file lacks it."""
-        if key not in self.metadata:
+    def find(self, key: str, kind: type[T]) -> T | None:
+        """The value of a key, None where the file lacks it; DanluError where it is of another type than `kind`."""
+        value = self.metadata.get(key)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if value is not None and type(value) is not kind:
+            what = f"{key} is {str(value)[:60]}; it must be {WORDS[kind]}"
+            raise DanluError(what, where=self.path, fix="convert the model to GGUF again")
+        return value
+
+    def need(self, key: str, kind: type[T]) -> T:
+        """The same, and DanluError where the file lacks it."""
+        value = self.find(key, kind)
+        if value is None:
             raise DanluError(f"the metadata lack {key}", where=self.path, fix="convert the model to GGUF again")
-        return self.metadata[key]
+        return value
+
+    def find_all(self, key: str, kind: type[T]) -> list[T] | None:
+        """An array whose elements are of one type; None where the file lacks it."""
+        values = self.find(key, list)
+        if values and type(values[0]) is not kind:
+            what = f"{key} holds {str(values[0])[:60]}; it must hold {WORDS[kind]} each"
+            raise DanluError(what, where=self.path, fix="convert the model to GGUF again")
+        return values
+
+    def need_all(self, key: str, kind: type[T]) -> list[T]:
+        """The same, and DanluError where the file lacks it."""
+        self.need(key, list)
+        return self.find_all(key, kind) or []
 
 
 class _Cursor:

@@ -57,9 +57,9 @@ def tokenizer_json(header: Header) -> dict[str, Any]:
 
     Raises DanluError where the kind of tokenizer or its pre-tokenizer is not known, or the vocabulary is inconsistent.
     """
-    kind = header.need("tokenizer.ggml.model")
-    tokens: list[str] = header.need("tokenizer.ggml.tokens")
-    types = header.metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
+    kind = header.need("tokenizer.ggml.model", str)
+    tokens = header.need_all("tokenizer.ggml.tokens", str)
+    types = header.find_all("tokenizer.ggml.token_type", int) or [NORMAL] * len(tokens)
     if len(types) != len(tokens):
         raise DanluError(f"{len(tokens):,} tokens but {len(types):,} token types", where=header.path)
     if kind == "gpt2":
@@ -89,17 +89,18 @@ def tokenizer_json(header: Header) -> dict[str, Any]:
 
 def adds_bos(header: Header) -> bool:
     """Whether text of this file's model begins with the beginning-of-sequence token."""
-    if "tokenizer.ggml.add_bos_token" in header.metadata:
-        return bool(header.metadata["tokenizer.ggml.add_bos_token"])
-    return header.need("tokenizer.ggml.model") == "llama" or _pre(header) in ADDS_BOS
+    said = header.find("tokenizer.ggml.add_bos_token", bool)
+    if said is not None:
+        return said
+    return header.need("tokenizer.ggml.model", str) == "llama" or _pre(header) in ADDS_BOS
 
 
 def _pre(header: Header) -> str:
     """The pre-tokenizer's name as `SPLITS` knows it."""
-    if "tokenizer.ggml.pre" not in header.metadata:
+    name = header.find("tokenizer.ggml.pre", str)
+    if name is None:
         warn(f"{header.path}: names no pre-tokenizer (tokenizer.ggml.pre); llama.cpp's default is used")
         return "default"
-    name = header.metadata["tokenizer.ggml.pre"]
     name = ALIASES.get(name, name)
     if name not in SPLITS:
         known = [*SPLITS, *ALIASES]
@@ -120,7 +121,7 @@ def _byte_level(header: Header, tokens: list[str], types: list[int]) -> dict[str
         {"type": "Split", "pattern": {"Regex": cut}, "behavior": "Isolated", "invert": False} for cut in SPLITS[pre]
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    merges = [_pair(merge) for merge in header.need("tokenizer.ggml.merges")]
+    merges = [_pair(merge, header.path) for merge in header.need_all("tokenizer.ggml.merges", str)]
     vocab = _vocab(tokens, types)
     return {
         "normalizer": {"type": "NFC"} if pre in COMPOSED else None,
@@ -134,8 +135,10 @@ def _byte_level(header: Header, tokens: list[str], types: list[int]) -> dict[str
 def _sentencepiece(header: Header, tokens: list[str], types: list[int]) -> dict[str, Any]:
     """SentencePiece's BPE: merges follow from the scores, unknown characters fall back to bytes."""
     vocab = _vocab(tokens, types)
-    scores = header.need("tokenizer.ggml.scores")
-    prefix = header.metadata.get("tokenizer.ggml.add_space_prefix", True)
+    scores = header.need_all("tokenizer.ggml.scores", float)
+    if len(scores) != len(tokens):
+        raise DanluError(f"{len(tokens):,} tokens but {len(scores):,} scores", where=header.path)
+    prefix = header.find("tokenizer.ggml.add_space_prefix", bool) is not False
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     decode: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
@@ -144,7 +147,7 @@ def _sentencepiece(header: Header, tokens: list[str], types: list[int]) -> dict[
     ]
     if prefix:
         decode.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    unknown = header.metadata.get("tokenizer.ggml.unknown_token_id", 0)
+    unknown = header.find("tokenizer.ggml.unknown_token_id", int) or 0
     model = _bpe(vocab, _merges_by_score(tokens, types, scores))
     return {
         "normalizer": {
@@ -178,9 +181,11 @@ def _bpe(vocab: dict[str, int], merges: list[list[str]]) -> dict[str, Any]:
     }
 
 
-def _pair(merge: str) -> list[str]:
+def _pair(merge: str, where: Path) -> list[str]:
     """A merge is written with one space between its halves; the first half may itself begin with one."""
-    cut = merge.index(" ", 1)
+    cut = merge.find(" ", 1)
+    if cut < 0:
+        raise DanluError(f"the merge {merge!r} has no two halves", where=where)
     return [merge[:cut], merge[cut + 1 :]]
 
 

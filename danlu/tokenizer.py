@@ -261,14 +261,16 @@ def _read_optional(path: Path) -> dict[str, Any]:
 
 def _from_gguf(header: Header) -> Tokenizer:
     document = gguf_vocabulary.tokenizer_json(header)
-    tokens = header.need("tokenizer.ggml.tokens")
-    ids = {name: header.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in (*GGUF_ROLES, "eot", "eom")}
+    tokens = header.need_all("tokenizer.ggml.tokens", str)
+    ids = {name: header.find(f"tokenizer.ggml.{name}_token_id", int) for name in (*GGUF_ROLES, "eot", "eom")}
     for name, number in ids.items():
         if number is not None and not 0 <= number < len(tokens):
             raise DanluError(f"the {name} token is id {number:,} of only {len(tokens):,}", where=header.path)
-    config = {f"{role}_token": tokens[ids[name]] for name, role in GGUF_ROLES.items() if ids[name] is not None}
+    config: dict[str, Any] = {
+        f"{role}_token": tokens[number] for name, role in GGUF_ROLES.items() if (number := ids[name]) is not None
+    }
     config["add_bos_token"] = gguf_vocabulary.adds_bos(header)
-    config["chat_template"] = header.metadata.get("tokenizer.chat_template")
+    config["chat_template"] = header.find("tokenizer.chat_template", str)
     if config["add_bos_token"] and ids["bos"] is not None:
         document["post_processor"] = _begin_with(config["bos_token"], ids["bos"])
     stops = frozenset(number for name in ("eos", "eot", "eom") if (number := ids[name]) is not None)

@@ -39,7 +39,7 @@ PIECE = 2**22  # numbers dequantised at once; several fp32 copies of them are al
 
 def read_config(header: Header) -> ModelConfig:
     """The configuration of the model in a file; DanluError where Danlu does not compute it, or data is cut off."""
-    if header.metadata.get("split.count", 1) > 1:
+    if (header.find("split.count", int) or 1) > 1:
         raise DanluError("is one part of several", where=header.path, fix="join them: llama-gguf-split --merge")
     _check_whole(header)
     factors = next((tensor for tensor in header.tensors if tensor.name == ROPE_FACTORS), None)
@@ -180,7 +180,7 @@ def _to_halves(weight: Tensor, heads: int) -> Tensor:
 
 
 def _family(header: Header) -> Family:
-    arch = header.need("general.architecture")
+    arch = header.need("general.architecture", str)
     return next(family for family in FAMILIES if family.gguf == arch)
 
 
@@ -193,7 +193,7 @@ def _size(tensor: TensorPlace, where: Path) -> int:
     count = 1
     for extent in tensor.shape:
         count *= extent
-    if not tensor.shape or tensor.shape[-1] % block:
+    if not count or not tensor.shape or tensor.shape[-1] % block:
         raise DanluError(f"{tensor.name} of shape {list(tensor.shape)} does not fill blocks of {block}", where=where)
     return count // block * size
 

@@ -45,45 +45,42 @@ def read_metadata(header: Header, factors: list[float] | None) -> ModelConfig:
 
     Raises DanluError where the architecture is not known, or a key is missing or asks for what Danlu does not compute.
     """
-    arch = header.need("general.architecture")
+    arch = header.need("general.architecture", str)
     if arch not in {family.gguf for family in FAMILIES}:
         known = ", ".join(sorted({family.gguf for family in FAMILIES}))
         raise DanluError(f"the GGUF architecture {arch} is not known", where=header.path, fix=f"known: {known}")
     _refuse_foreign(header, arch)
-    facts: dict[str, Any] = {name: _whole(header, f"{arch}.{key}") for name, key in REQUIRED.items()}
+    facts: dict[str, Any] = {name: header.need(f"{arch}.{key}", int) for name, key in REQUIRED.items()}
     shapes = {tensor.name: tensor.shape for tensor in header.tensors}
     if "token_embd.weight" not in shapes:
         raise DanluError("has no token_embd.weight, so it is no whole model", where=header.path)
 
-    def given(key: str, otherwise: Any) -> Any:
-        return header.metadata.get(f"{arch}.{key}", otherwise)
+    def whole(key: str, otherwise: int) -> int:
+        return header.find(f"{arch}.{key}", int) or otherwise
 
-    head_width = given("attention.key_length", facts["width"] // max(facts["heads"], 1))
-    widths = {head_width, given("attention.value_length", head_width), given("rope.dimension_count", head_width)}
+    head_width = whole("attention.key_length", facts["width"] // max(facts["heads"], 1))
+    widths = {head_width, whole("attention.value_length", head_width), whole("rope.dimension_count", head_width)}
     if len(widths) != 1:
         what = f"keys, values and rotary positions of different widths ({sorted(widths)}) are not supported"
         raise DanluError(what, where=header.path)
-    kv_heads = given("attention.head_count_kv", facts["heads"])
-    if not isinstance(kv_heads, int):
-        raise DanluError("layers with different numbers of key/value heads are not supported", where=header.path)
+    base = _short(header.find(f"{arch}.rope.freq_base", float) or 10_000.0)
     scaling = _read_scaling(header, arch)
-    base = _short(given("rope.freq_base", 10_000.0))
     if factors is not None and scaling is None:
         scaling = _llama3_scaling(header, factors, base, head_width)
     return ModelConfig(
         **facts,
         vocab_size=shapes["token_embd.weight"][0],
-        kv_heads=kv_heads,
+        kv_heads=whole("attention.head_count_kv", facts["heads"]),
         head_width=head_width,
         rope_base=base,
         rope_scaling=scaling,
-        norm_epsilon=_short(header.need(f"{arch}.attention.layer_norm_rms_epsilon")),
+        norm_epsilon=_short(header.need(f"{arch}.attention.layer_norm_rms_epsilon", float)),
         tied="output.weight" not in shapes,
         attention_bias="blk.0.attn_q.bias" in shapes,
         output_bias="blk.0.attn_output.bias" in shapes,
         feedforward_bias="blk.0.ffn_gate.bias" in shapes,
         qk_norm="blk.0.attn_q_norm.weight" in shapes,
-        sliding_window=given("attention.sliding_window", None) or None,
+        sliding_window=header.find(f"{arch}.attention.sliding_window", int) or None,
     )
 
 
@@ -136,31 +133,38 @@ def _write_scaling(scaling: RopeScaling) -> dict[str, Any]:
 
 
 def _read_scaling(header: Header, arch: str) -> RopeScaling | None:
-    if ROPE_SCALING in header.metadata:
-        return RopeScaling(**json.loads(header.metadata[ROPE_SCALING]))
-    found = {
-        key: header.metadata.get(f"{arch}.rope.scaling.{key}")
-        for key in ("type", "factor", "original_context_length", "attn_factor", "yarn_beta_fast", "yarn_beta_slow")
-    }
-    old = header.metadata.get(f"{arch}.rope.scale_linear", 1)  # before there were kinds
-    kind, factor = found["type"] or "none", _short(found["factor"] or 1)
-    if kind == "none" and old != 1:
-        return RopeScaling(kind="linear", factor=_short(old))
-    if kind == "none" or (kind == "linear" and factor == 1):
-        return None
+    own = header.find(ROPE_SCALING, str)
+    if own is not None:
+        return _own_scaling(own, header)
+
+    def number(key: str) -> float | None:
+        value = header.find(f"{arch}.rope.{key}", float)
+        return None if value is None else _short(value)
+
+    kind = header.find(f"{arch}.rope.scaling.type", str) or "none"
+    factor = number("scaling.factor") or 1.0
+    if kind == "none":
+        kind, factor = "linear", number("scale_linear") or 1.0  # from before there were kinds
     if kind == "linear":
-        return RopeScaling(kind="linear", factor=factor)
+        return None if factor == 1 else RopeScaling(kind="linear", factor=factor)
     if kind != "yarn":
         raise DanluError(f"the rope scaling {kind} is not known", where=header.path, fix="known: none, linear, yarn")
-    temper = found["attn_factor"]
+    temper = header.find(f"{arch}.rope.scaling.attn_factor", float)
     return RopeScaling(
         kind="yarn",
         factor=factor,
-        original_context=_whole(header, f"{arch}.rope.scaling.original_context_length"),
-        beta_fast=found["yarn_beta_fast"] or 32.0,
-        beta_slow=found["yarn_beta_slow"] or 1.0,
+        original_context=header.need(f"{arch}.rope.scaling.original_context_length", int),
+        beta_fast=number("scaling.yarn_beta_fast") or 32.0,
+        beta_slow=number("scaling.yarn_beta_slow") or 1.0,
         attention_factor=None if temper is None else _short(temper * (0.1 * math.log(factor) + 1)),
     )
+
+
+def _own_scaling(text: str, header: Header) -> RopeScaling:
+    try:
+        return RopeScaling(**json.loads(text))
+    except (ValueError, TypeError):
+        raise DanluError(f"{ROPE_SCALING} is {text[:60]!r}, no rope scaling", where=header.path) from None
 
 
 def rope_factors(config: ModelConfig) -> list[float] | None:
@@ -190,13 +194,6 @@ def _refuse_foreign(header: Header, arch: str) -> None:
         if own != key and own not in KNOWN and value not in (0, 0.0, False, "", "none"):
             what = f"{key} is {value!r}, which may change the computation and is not known to Danlu"
             raise DanluError(what, where=header.path, fix="use the model's Hugging Face directory")
-
-
-def _whole(header: Header, key: str) -> int:
-    value = header.need(key)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise DanluError(f"{key} is {value!r}; it must be one whole number", where=header.path)
-    return value
 
 
 def _short(value: float) -> float:
