@@ -12,6 +12,7 @@ from danlu.errors import DanluError, need_extra
 from danlu.recipe import Recipe, RecipeFile
 
 if TYPE_CHECKING:
+    from danlu.model.checkpoint import Checkpoint
     from danlu.model.config import ModelConfig
 
 FP32 = 4  # bytes
@@ -27,6 +28,22 @@ def check_packages(recipe: Recipe, stages: Sequence[str]) -> None:
     for is_needed, package, extra in needed:
         if is_needed and importlib.util.find_spec(package) is None:
             raise need_extra(package, extra)
+
+
+def check_weights(base: Checkpoint) -> None:
+    """Raise DanluError naming the first weight that is missing or of another shape; only files' headers are read."""
+    import torch
+
+    from danlu.gguf_header import read_header
+    from danlu.model import directory, gguf, stored
+    from danlu.model.transformer import Decoder
+
+    if base.path.is_dir():
+        weights = directory.stored_weights(base.path, base.config)
+    else:
+        weights = gguf.stored_weights(read_header(base.path), base.config)
+    with torch.device("meta"):
+        stored.check(Decoder(base.config), weights)
 
 
 def check_room(root: Path, config: ModelConfig, recipe: Recipe, stages: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ from danlu.artifact import (
     write_aside,
     write_json,
 )
-from danlu.checks import check_packages, check_room, check_target
+from danlu.checks import check_packages, check_room, check_target, check_weights
 from danlu.console import say
 from danlu.errors import DanluError
 from danlu.recipe import RecipeFile
@@ -80,12 +80,13 @@ class Run:
 
     @cached_property
     def base_path(self) -> Path:
-        """The checkpoint the recipe starts from, found on this machine or fetched."""
-        from danlu.model.checkpoint import find_checkpoint
+        """The checkpoint the recipe starts from, found on this machine or fetched.
 
+        Where it was found is remembered: a hub id is looked up once, and a run stays with the revision it began with.
+        """
         named = self.file.recipe.model.base
         beside = self.home / Path(named).expanduser()
-        return find_checkpoint(beside if beside.exists() else named)
+        return self.digests.found(str(beside) if beside.exists() else named)
 
     @cached_property
     def base_digest(self) -> str:
@@ -134,6 +135,7 @@ class Run:
     def check(self, stages: Sequence[str]) -> None:
         """Raise DanluError for what would end these stages later: a missing library, no model, no room, no hope."""
         check_packages(self.file.recipe, stages)
+        check_weights(self.base)
         check_room(self.root, self.base.config, self.file.recipe, stages)
         if "compress" in stages or "certify" in stages:
             check_target(self.file, self.base.config)
@@ -208,12 +210,13 @@ READS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {  # stage -> role ->
     "evaluate": {"tuned": _TUNED, "data": _HELDOUT},
     "compress": {"tuned": _TUNED, "data": ("data", ("train", "heldout"))},
     "certify": {"tuned": _TUNED, "data": _HELDOUT, "model": ("compress", ("model.gguf",))},
-    "report": {},
 }
 
 
 def digests_read(stage: str, made: Mapping[str, Artifact]) -> dict[str, str]:
     """Role -> digest of what a stage reads of earlier artifacts, and so must be made again for."""
+    if stage == "report":  # of every artifact its card, times and all
+        return {earlier: hash_file(made[earlier].path / CARD) for earlier in made if earlier != "report"}
     return {role: made[earlier].digest_of(*files) for role, (earlier, files) in READS[stage].items()}
 
 
@@ -291,8 +294,7 @@ def _report(run: Run) -> Step:
 
         return write_report(out, artifacts, name)
 
-    inputs = {stage: hash_file(artifact.path / CARD) for stage, artifact in artifacts.items()}
-    return Step({"name": name}, inputs, "report", fill)
+    return Step({"name": name}, digests_read("report", artifacts), "report", fill)
 
 
 STEPS: dict[str, Callable[[Run], Step]] = {
@@ -318,21 +320,39 @@ def artifacts_of(root: Path) -> dict[str, Path]:
 
 
 class DigestCache:
-    """SHA-256 of files, remembered in a file for as long as size, time of change and inode stay the same."""
+    """What took long to find out, remembered in a file: SHA-256 of files, and where models were found.
+
+    A digest holds for as long as the file's size, time of change and inode stay the same.
+    """
 
     def __init__(self, place: Path) -> None:
         self.place = place
-        self.known: dict[str, list[Any]] = _read_json(place)
+        remembered = _read_json(place)
+        self.files: dict[str, list[Any]] = remembered.get("files", {})
+        self.models: dict[str, str] = remembered.get("models", {})
 
     def of(self, path: Path) -> str:
         """The digest of a file; read anew only where the file has changed."""
         status = path.stat()
         seen = [status.st_size, status.st_mtime_ns, status.st_ino]
         name = str(path.resolve())
-        if self.known.get(name, [])[:3] != seen:
-            self.known[name] = [*seen, hash_file(path)]
-            write_json(self.place, self.known)
-        return str(self.known[name][3])
+        if self.files.get(name, [])[:3] != seen:
+            self.files[name] = [*seen, hash_file(path)]
+            self._remember()
+        return str(self.files[name][3])
+
+    def found(self, model: str) -> Path:
+        """Where a model lies, by the name a recipe gives it."""
+        known = self.models.get(model)
+        if known is None or not Path(known).exists():
+            from danlu.model.checkpoint import find_checkpoint
+
+            self.models[model] = str(find_checkpoint(model))
+            self._remember()
+        return Path(self.models[model])
+
+    def _remember(self) -> None:
+        write_json(self.place, {"files": self.files, "models": self.models})
 
 
 def machine() -> str:

@@ -65,9 +65,8 @@ def print_lineage(hops: list[Hop], verified: bool) -> None:
     for number, hop in enumerate(hops):
         card = hop.artifact.card
         cost = f"{show_seconds(card['seconds'])}, {show_amount(card['peak_memory_bytes'], 'bytes')}"
-        made_from = ", ".join(f"{role} {digest[:8]}" for role, digest in card["inputs"].items())
         rows.append((hop.artifact.path.name, cost, ""))
-        rows.append((f"  from {made_from}", "", ""))
+        rows += [(f"  from {role}", digest[:12], "") for role, digest in card["inputs"].items()]
         rows += [(f"  {name}", value, interval) for name, value, interval in figure_rows(hop.artifact.figures)]
         if number < len(hops) - 1:
             rows.append(("", "", ""))
