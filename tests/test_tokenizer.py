@@ -42,9 +42,10 @@ def real(smollm2: Path) -> Tokenizer:
     return Tokenizer.load(smollm2)
 
 
-def with_template(template: object, real: Tokenizer) -> Tokenizer:
-    """The same tokenizer with another chat template."""
-    return Tokenizer(json.loads(real._json), {**real._config, "chat_template": template}, frozenset(), Path("here"))
+def with_template(template: object) -> Tokenizer:
+    """A tokenizer with this chat template."""
+    tiny = byte_tokenizer()
+    return Tokenizer(json.loads(tiny._json), {**tiny._config, "chat_template": template}, frozenset(), Path("here"))
 
 
 def test_facts_of_smollm2(real: Tokenizer) -> None:
@@ -70,7 +71,7 @@ def test_special_text_stays_text_when_asked(real: Tokenizer) -> None:
     assert real.decode([2], skip_special=False) == "<|im_end|>"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(text=st.text())
 def test_text_survives_and_offsets_cover_it(text: str) -> None:
     tokenizer = byte_tokenizer()
@@ -126,12 +127,10 @@ def test_the_tokenizer_needs_no_torch() -> None:
         ("{% set x = 1 %}{% generation %}{% set x = 2 %}a{% endgeneration %}{{ x }}", "a1"),
     ],
 )
-def test_templates_follow_the_conventions_of_hugging_face(
-    template: str, text: str, real: Tokenizer, tmp_path: Path
-) -> None:
+def test_templates_follow_the_conventions_of_hugging_face(template: str, text: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    ours = with_template(template, real)
+    ours = with_template(template)
     assert ours.render(CHAT) == text
     ours.save(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(CHAT, tokenize=False) == text
@@ -148,9 +147,9 @@ def test_templates_follow_the_conventions_of_hugging_face(
         ("{{ messages[0].content + 1 }}", "refuses this conversation"),
     ],
 )
-def test_a_template_that_refuses_says_why(template: str | None, complaint: str, real: Tokenizer) -> None:
+def test_a_template_that_refuses_says_why(template: str | None, complaint: str) -> None:
     with pytest.raises(DanluError, match=complaint):
-        with_template(template, real).render(CHAT)
+        with_template(template).render(CHAT)
 
 
 def directory(tmp_path: Path, config: dict | None = None, **changes: object) -> Path:
