@@ -116,7 +116,7 @@ class Rejections:
     def add(self, origin: Origin, bad: BadRow, shown: str) -> None:
         """Count and write a refused row; `shown` is the beginning of what it holds."""
         self.counts[bad.kind] += 1
-        self.first.setdefault(bad.kind, f"{origin.file}:{origin.line}: {bad.kind}: {printable(bad.detail)}")
+        self.first.setdefault(bad.kind, f"{origin.file}:{origin.line}: {printable(bad.detail)}")
         about = {"file": origin.file, "line": origin.line, "reason": bad.kind, "detail": printable(bad.detail)}
         _write_line(self._file, {**about, "preview": shown})
 
@@ -256,8 +256,8 @@ def _held_out(settings: DataSettings, gathered: Gathered, kept: npt.NDArray[np.b
 def _nothing_left(rejections: Rejections, settings: DataSettings) -> DanluError:
     """The error where no row could be learned from: the most common reasons, each with its first place."""
     count = rejections.counts.total()
-    common = [(number, rejections.first[kind]) for kind, number in rejections.counts.most_common(REASONS_SHOWN)]
-    shown = "".join(f"\n    {number:,} x like {first}" for number, first in common)
+    common = rejections.counts.most_common(REASONS_SHOWN)
+    shown = "".join(f"\n    {number:,} x {kind}, first {rejections.first[kind]}" for kind, number in common)
     return DanluError(
         f"no row is left to learn from: all {count:,} were rejected{shown}",
         where=", ".join(source.path for source in settings.sources),
@@ -347,7 +347,7 @@ def _figures(
     parts = f"{kept:,} kept, {exact:,} exact and {near:,} near duplicates left out, {rejected:,} rejected"
     say(f"data: {read_rows:,} rows read: {parts}")
     for kind, count in rejections.counts.most_common():
-        say(f"data:   {count:,} rejected: {kind} (first {rejections.first[kind]})")
+        say(f"data:   {count:,} rejected: {kind}, first {rejections.first[kind]}")
     for note, count in templater.notes.items():
         if count:
             say(f"data:   {count:,} {note}")

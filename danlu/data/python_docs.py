@@ -14,6 +14,7 @@ import inspect
 import re
 import sys
 import sysconfig
+import textwrap
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -231,7 +232,9 @@ def _public(living: ModuleType) -> Iterator[tuple[str, Any]]:
     homes = {None, name, f"_{name}", *HOMES.get(name, ())}
     for public in sorted(getattr(living, "__all__", None) or dir(living)):
         thing = getattr(living, public, None)
-        if public.startswith("_") or not (inspect.isroutine(thing) or inspect.isclass(thing)):
+        if public.startswith("_") or public.endswith("hook"):  # hooks are there for others to replace
+            continue
+        if not (inspect.isroutine(thing) or inspect.isclass(thing)):
             continue
         if getattr(thing, "__module__", None) in homes and getattr(thing, "__name__", public) == public:
             yield public, thing
@@ -269,7 +272,8 @@ def _living_signature(name: str, thing: Any) -> str:
         return f"{name}{written.group(1)}" if written else ""
     if parameters and parameters[0].name in ("self", "cls", "type") and "." in name:
         parameters = parameters[1:]
-    return f"{name}{inspect.Signature(parameters)}"
+    text = f"{name}{inspect.Signature(parameters)}"
+    return "" if "<" in text else text  # a default that has no notation, shown by where it lies in memory
 
 
 # --- Cutting the text ---------------------------------------------------------------------------------------------
@@ -291,22 +295,18 @@ def summary(doc: str, name: str = "", size: int = ANSWER) -> str:
         if kept and sum(map(len, kept)) + len(text) > size:
             break
         kept.append(text)
-    if kept and kept[-1].endswith(":"):  # it announces a list or example that is not there
-        kept.pop()
-    return _sentences("\n\n".join(kept), size)
+    made = _sentences("\n\n".join(kept), size)
+    return f"{made[:-1]}." if made.endswith(":") else made  # what it announces is not there
 
 
 def example(doc: str, size: int = ANSWER) -> str:
     """The first session with the interpreter in a documentation, `>>>` lines and what they print; "" without one."""
-    lines: list[str] = []
-    for line in doc.splitlines():
-        if line.strip().startswith(">>>") or (lines and line.strip()):
-            lines.append(line.strip() if line.strip().startswith(">>>") else line.rstrip())
-        elif lines:
-            break
-    made = inspect.cleandoc("\n".join(lines)) if lines else ""
+    lines = doc.splitlines()
+    begin = next((number for number, line in enumerate(lines) if line.strip().startswith(">>>")), len(lines))
+    end = next((number for number, line in enumerate(lines) if number > begin and not line.strip()), len(lines))
+    made = textwrap.dedent("\n".join(lines[begin:end]))
     fits = len(made) <= size and "doctest" not in made and not made.endswith(":")
-    return made if fits and len(made.splitlines()) > 1 else ""
+    return made if fits and "\n" in made else ""
 
 
 def _without_signature(doc: str, name: str) -> str:

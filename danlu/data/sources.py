@@ -7,9 +7,9 @@ yielded with the reason, never skipped.
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
 import io
-import itertools
 import json
 import shutil
 import tempfile
@@ -48,12 +48,21 @@ def read(source: Source) -> Iterator[tuple[str, Iterator[Row]]]:
     A source's `limit` counts all rows read, across files, the unreadable ones included.
     Raises DanluError where a file is missing, of no known kind, or cannot be read at all.
     """
-    left = itertools.count() if source.limit is None else iter(range(source.limit))
+    left = source.limit
+
+    def within(rows: Iterator[Row]) -> Iterator[Row]:
+        nonlocal left
+        while left != 0 and (row := next(rows, None)) is not None:
+            left = left and left - 1
+            yield row
+
     if source.is_python_docs:
-        yield PYTHON_DOCS, _first(python_docs.rows(), left)
+        yield PYTHON_DOCS, within(python_docs.rows())
         return
     for file in find_files(source):
-        yield file.name, _first(_rows(file, source), left)
+        if left == 0:
+            return
+        yield file.name, within(_rows(file, source))
 
 
 def fingerprint(settings: DataSettings, digest: Callable[[Path], str] = hash_file) -> dict[str, str]:
@@ -87,26 +96,16 @@ def find_files(source: Source) -> list[File]:
         _reader(path)
         return [File(path, str(path))]
     if any(sign in source.path for sign in "*?["):
-        return _known_files(path, list(_glob(path)))
+        found = glob.glob(str(path), recursive=True)  # noqa: PTH207  # pathlib's would find hidden files too
+        return _known_files(path, list(map(Path, found)))
     raise DanluError("there is no such file", where=path, fix=_nearby(path))
 
 
 # --- Finding files ------------------------------------------------------------------------------------------------
 
 
-def _first(rows: Iterator[Row], left: Iterator[int]) -> Iterator[Row]:
-    """Rows until the source's budget of rows is spent."""
-    for _, row in zip(left, rows, strict=False):
-        yield row
-
-
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
-
-
-def _glob(pattern: Path) -> Iterator[Path]:
-    root = Path(pattern.anchor) if pattern.is_absolute() else Path()
-    return root.glob(str(pattern.relative_to(pattern.anchor)) if pattern.is_absolute() else str(pattern))
 
 
 def _known_files(place: Path, found: list[Path]) -> list[File]:
@@ -200,7 +199,7 @@ def _json_line(line: bytes | BadRow, number: int) -> Any:
     if isinstance(line, BadRow):
         return line
     try:
-        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        return json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip())
     except UnicodeDecodeError as error:
         shown = line.decode("utf-8", "backslashreplace")
         return BadRow("bad UTF-8", f"byte 0x{line[error.start]:02x} at column {error.start + 1}", shown.strip())

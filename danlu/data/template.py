@@ -23,7 +23,7 @@ PROBE: list[Message] = [{"role": "user", "content": "a"}, {"role": "assistant", 
 
 # What can happen on the way, counted, and said once at the end.
 CUT = "texts longer than the window, cut into windows"
-SPLIT_TURNS = "chats made into one document a turn: the template rewrites earlier turns when later ones follow"
+SPLIT_TURNS = "chats made into several documents: earlier turns have other ids once later ones follow"
 OPEN_PROMPT = "answers set directly after the prompt: the template writes a past turn otherwise than it opens a new one"
 REWRITTEN = "answers the template changes: what is learned is what it makes of them"
 ADDED_END = "answers ended by hand: the template puts no token at the end of a turn"
@@ -64,8 +64,9 @@ class Templater:
     def documents(self, examples: Sequence[Example]) -> list[list[Document] | BadRow]:
         """The documents of each example, or why it makes none.
 
-        A chat is one document, or one a turn where the template is not stable under growth (see `SPLIT_TURNS`);
-        one longer than the window is refused. A plain text is cut into windows.
+        A chat is one document as long as its ids only grow from turn to turn. Where they do not, as the template
+        strips past thoughts or a token joins the prompt's end with the answer, a new document begins. A chat with a
+        document longer than the window is refused; a plain text is cut into windows.
         Raises DanluError for a chat where the checkpoint has no chat template.
         """
         turns = [self._turns(example.messages) if example.is_chat else None for example in examples]
