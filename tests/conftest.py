@@ -83,13 +83,26 @@ class Project:
         )
 
 
+def make_project(home: Path, tiny_model: Path) -> Project:
+    """A small but real recipe: every stage of it runs in seconds."""
+    (home / "base").symlink_to(tiny_model)
+    (home / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    write_rows(home / "rows.jsonl", 40)
+    return Project(home)
+
+
 @pytest.fixture
 def project(tmp_path: Path, tiny_model: Path) -> Project:
-    """A small but real recipe: every stage of it runs in seconds."""
-    (tmp_path / "base").symlink_to(tiny_model)
-    (tmp_path / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
-    write_rows(tmp_path / "rows.jsonl", 40)
-    return Project(tmp_path)
+    return make_project(tmp_path, tiny_model)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Project:
+    """A project whose recipe was carried out to the end; what changes it works on a copy."""
+    made = make_project(tmp_path_factory.mktemp("finished"), tiny_model)
+    ended = made.danlu("run", made.recipe)
+    assert ended.returncode == 0, ended.stderr
+    return made
 
 
 def write_rows(file: Path, count: int) -> None:

@@ -12,15 +12,16 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.conftest import Project
 
 KILLS = 20
-# A process forked from one that has loaded the libraries starts in milliseconds instead of seconds: what is killed is
-# the work. The work itself has not begun in that one, so each child begins like a fresh process.
-STARTED = multiprocessing.get_context("forkserver")
+# A process forked from one that has loaded the libraries starts in milliseconds instead of seconds, so what is killed
+# is the work. Nothing was computed in that one: each child begins like the fresh process that the long test starts.
+FORKED, FRESH = multiprocessing.get_context("forkserver"), multiprocessing.get_context("spawn")
 LOADED = ["danlu.cli", "danlu.pipeline", "danlu.data.build", "danlu.train.stage", "datasketch", "tests.test_kill"]
 
 
@@ -37,12 +38,12 @@ def command(home: Path, words: list[str], log: Path) -> None:
 
 
 class Attempt:
-    """`danlu run recipe.yaml --out OUT ...` in a child process."""
+    """`danlu run recipe.yaml --out OUT --until tune ...` in a child process."""
 
-    def __init__(self, home: Path, out: str, *words: str) -> None:
+    def __init__(self, start: Any, home: Path, out: str, *words: str) -> None:
         self.log = home / f"{out}.log"
-        arguments = (home, ["run", "recipe.yaml", "--out", out, *words], self.log)
-        self.process = STARTED.Process(target=command, args=arguments)
+        arguments = (home, ["run", "recipe.yaml", "--out", out, "--until", "tune", *words], self.log)
+        self.process = start.Process(target=command, args=arguments)
         self.process.start()
         self.began = time.monotonic()
 
@@ -57,7 +58,7 @@ class Attempt:
 
     def finish(self) -> float:
         """Let it end; the seconds it took."""
-        self.process.join(300)
+        self.process.join(1800)
         assert self.process.exitcode == 0, self.log.read_text(encoding="utf-8")
         return time.monotonic() - self.began
 
@@ -79,33 +80,39 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss"]) for line in lines]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def preloaded() -> None:
-    STARTED.set_forkserver_preload(LOADED)
+def survive(start: Any, home: Path, kills: int, *words: str) -> None:
+    """Kill a run so many times and go on with it each time; whenever it gets through, it is the undisturbed one."""
+    whole = Attempt(start, home, "whole", *words).finish()
+    chance = random.Random(f"炼丹 {words}")
+    while kills:
+        if Attempt(start, home, "broken", *words).killed_after(chance.uniform(0, 0.8 * whole)):
+            kills -= 1
+        else:
+            assert_same(home)
+            shutil.rmtree(home / "broken")
+    Attempt(start, home, "broken", *words).finish()
+    assert_same(home)
+
+
+def assert_same(home: Path) -> None:
+    """The run that was killed and gone on with is, file for file, the one that was left alone."""
+    broken, whole = home / "broken", home / "whole"
+    assert contents(broken) == contents(whole)
+    assert losses(broken) == losses(whole)
+    assert not list(broken.glob(".*.building")) and not list(broken.rglob("*.aside"))
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_killed_run_ends_with_the_same_bits(project: Project, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    words = ("--until", "tune", "--set", f"tune.method={method}", "--set", "tune.dropout=0.1")
-    Attempt(project.home, "first", *words).finish()  # leaves caches warm, so that the next one is timed fairly
-    whole = Attempt(project.home, "whole", *words).finish()
-    chance = random.Random(f"炼丹 {method}")
-    kills = rounds = 0
-    while kills < KILLS // 2:
-        killed = Attempt(project.home, "broken", *words).killed_after(chance.uniform(0, 0.8 * whole))
-        kills += killed
-        if not killed:
-            assert_same(project, rounds)
-            shutil.rmtree(project.home / "broken")
-            rounds += 1
-    Attempt(project.home, "broken", *words).finish()
-    assert_same(project, rounds)
+    FORKED.set_forkserver_preload(LOADED)
+    words = ("--set", f"tune.method={method}", "--set", "tune.dropout=0.1")
+    Attempt(FORKED, project.home, "first", *words).finish()  # starts the server, so that the next one is timed fairly
+    survive(FORKED, project.home, KILLS // 2, *words)
 
 
-def assert_same(project: Project, rounds: int) -> None:
-    """The run that was killed and gone on with is, file for file, the one that was left alone."""
-    broken, whole = project.home / "broken", project.home / "whole"
-    assert contents(broken) == contents(whole), f"round {rounds}"
-    assert losses(broken) == losses(whole)
-    assert not list(broken.glob(".*.building")) and not list(broken.rglob("*.aside"))
+@pytest.mark.soak
+def test_the_killed_demo_ends_with_the_same_bits(tmp_path: Path, smollm2: Path) -> None:
+    demo = Path(__file__).parent.parent / "recipes" / "python-helper.yaml"
+    shutil.copy(demo, tmp_path / "recipe.yaml")
+    survive(FRESH, tmp_path, KILLS)
