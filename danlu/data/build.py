@@ -11,7 +11,7 @@ import json
 import shutil
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,8 +40,8 @@ SIDES: tuple[Side, Side] = ("train", "heldout")
 REJECTED = "rejected.jsonl"
 COPIES = "duplicates.jsonl"
 FIRST = "first.txt"
-HASHED_TOGETHER = 2048  # examples
-RENDERED_TOGETHER = 512  # examples; enough to keep all cores of the tokenizer busy
+TOGETHER = 1024  # examples hashed, or rendered and tokenized, at a time: enough to keep all cores busy
+CHARACTERS = 4_000_000  # or fewer, where they are long
 PEEKED = 10_000  # unreadable rows at the beginning of a file that are passed over to find out its layout
 REASONS_SHOWN = 3  # in the error where every row is rejected
 SHOWN = 4_000  # characters of the first example on the screen
@@ -185,33 +185,51 @@ class SideWriter:
 def _gather(settings: DataSettings, spill: Spill, rejections: Rejections, work: Path) -> Gathered:
     """Read every row; spill what can be learned from, reject the rest."""
     gathered = Gathered(CopyFinder(work, settings.deduplicate == "near", settings.similarity))
-    waiting: list[str] = []
     # Held-out sources come first: of copies the first is kept, and a copy of a test must not be trained on.
     for source in sorted(settings.sources, key=lambda source: source.split != "heldout"):
+        forced = 0 if source.split is None else 1 + SIDES.index(source.split)
         with progress(f"data: reading {source.path}", None, "rows") as tick:
-            for row, layout in _rows(source):
-                gathered.read += 1
-                tick.advance()
-                try:
-                    example = clean(layout.example(row), settings.system)
-                    check(example, settings)
-                except BadRow as bad:
-                    rejections.add(row.origin, bad, preview(bad.raw or ("" if row.value is bad else row.value)))
-                    continue
-                spill.add(example)
-                wording = example.wording()
-                gathered.buckets.append(split.bucket(example.origin.group or wording))
-                gathered.forced.append(0 if source.split is None else 1 + SIDES.index(source.split))
-                waiting.append(wording)
-                if len(waiting) == HASHED_TOGETHER:
-                    gathered.finder.add(waiting)
-                    waiting = []
-    gathered.finder.add(waiting)
+            before = gathered.read
+            for chunk in _chunks(_examples(source, settings, gathered, rejections)):
+                for example in chunk:
+                    spill.add(example)
+                    gathered.buckets.append(split.bucket(example.origin.group or example.wording()))
+                    gathered.forced.append(forced)
+                gathered.finder.add([example.wording() for example in chunk])
+                tick.advance(gathered.read - before - tick.done)
+            tick.advance(gathered.read - before - tick.done)
     if not gathered.read:
         raise DanluError("there is no data: no row was found", where=", ".join(one.path for one in settings.sources))
     if not len(spill):
         raise _nothing_left(rejections, settings)
     return gathered
+
+
+def _examples(source: Source, settings: DataSettings, gathered: Gathered, rejections: Rejections) -> Iterator[Example]:
+    """What can be learned from, clean; the rest is rejected."""
+    for row, layout in _rows(source):
+        gathered.read += 1
+        try:
+            example = clean(layout.example(row), settings.system)
+            check(example, settings)
+        except BadRow as bad:
+            rejections.add(row.origin, bad, preview(bad.raw or ("" if row.value is bad else row.value)))
+        else:
+            yield example
+
+
+def _chunks(examples: Iterable[Example]) -> Iterator[list[Example]]:
+    """Examples some at a time, so many and so long that they fit in memory with ease."""
+    chunk: list[Example] = []
+    characters = 0
+    for example in examples:
+        chunk.append(example)
+        characters += len(example.wording())
+        if len(chunk) == TOGETHER or characters >= CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
 def _rows(source: Source) -> Iterator[tuple[Row, Layout]]:
@@ -273,19 +291,22 @@ def _render(
 ) -> Iterator[tuple[int, Example, list[Document]]]:
     """(number, example, its documents) of what is kept; copies are written down, what does not fit is rejected."""
     with copied.open("w", encoding="utf-8") as file, progress("data: packing", len(spill), "examples") as tick:
-        numbered = enumerate(spill)
-        while chunk := list(itertools.islice(numbered, RENDERED_TOGETHER)):
-            for number, example in chunk:
-                if copies.kind[number] != KEPT:
-                    first = spill[int(copies.leader[number])].origin
-                    kind = "exact" if copies.kind[number] == EXACT else "near"
-                    _write_line(file, {**_place(example.origin), "kind": kind, "of": _place(first)})
-            kept = [(number, example) for number, example in chunk if copies.kind[number] == KEPT]
+        begin = 0
+        for chunk in _chunks(spill):
+            kept = []
+            for number, example in enumerate(chunk, begin):
+                if copies.kind[number] == KEPT:
+                    kept.append((number, example))
+                    continue
+                first = spill[int(copies.leader[number])].origin
+                kind = "exact" if copies.kind[number] == EXACT else "near"
+                _write_line(file, {**_place(example.origin), "kind": kind, "of": _place(first)})
             for (number, example), made in zip(kept, templater.documents([one for _, one in kept]), strict=True):
                 if isinstance(made, BadRow):
                     rejections.add(example.origin, made, preview(example.wording()))
                 else:
                     yield number, example, made
+            begin += len(chunk)
             tick.advance(len(chunk))
 
 

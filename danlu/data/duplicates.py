@@ -62,7 +62,7 @@ class CopyFinder:
     """Finds, for every example, the first one it is a copy of.
 
     Args:
-        directory: where its files may lie.
+        directory: an empty place for its files.
         near: look for near copies too, not only for exact ones.
         threshold: the similarity from which an example is a near copy.
 
@@ -74,7 +74,7 @@ class CopyFinder:
         self._directory = directory
         self._threshold = threshold
         self._signer = _Signer(threshold) if near else None
-        self._parts = [(directory / f"hashes-{number}").open("w+b") for number in range(PARTS)]
+        self._parts = [directory / f"hashes-{number}" for number in range(PARTS)]
         self._count = 0
 
     def add(self, wordings: list[str]) -> None:
@@ -88,7 +88,8 @@ class CopyFinder:
         part = records["key"] >> np.uint64(64 - PARTS.bit_length() + 1)
         order = np.argsort(part, kind="stable")
         for number, chunk in enumerate(np.split(records[order], np.searchsorted(part[order], np.arange(1, PARTS)))):
-            self._parts[number].write(chunk.tobytes())
+            with self._parts[number].open("ab") as file:
+                file.write(chunk.tobytes())
 
     def leaders(self, wording: Callable[[int], str]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
         """Who copies whom.
@@ -117,8 +118,8 @@ class CopyFinder:
 
     def _proposals(self) -> Iterator[tuple[int, list[int]]]:
         """(row, earlier rows it may be a copy of), rows ascending."""
-        for part in self._parts:
-            pairs = _pairs(_take(part))
+        for part in filter(Path.exists, self._parts):
+            pairs = _pairs(np.fromfile(part, dtype=HASHED))
             blocks = pairs["row"] // BLOCK
             for number in np.unique(blocks):
                 with (self._directory / f"pairs-{number}").open("ab") as file:
@@ -164,15 +165,6 @@ def _records(keys: npt.NDArray[np.uint64], rows: npt.NDArray[np.int64]) -> npt.N
     made = np.empty(len(keys), dtype=HASHED)
     made["key"], made["row"] = keys, rows
     return made
-
-
-def _take(part: Any) -> npt.NDArray[Any]:
-    """The records of one part, which is emptied."""
-    part.flush()
-    part.seek(0)
-    records = np.frombuffer(part.read(), dtype=HASHED)
-    part.close()
-    return records
 
 
 def _pairs(records: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -200,7 +200,7 @@ def _class(module: str, node: ast.ClassDef) -> list[Entry]:
     entries = [entry for one in public for entry in _function(module, one, node.name)]
     maker = next((one for one in node.body if isinstance(one, ast.FunctionDef) and one.name == "__init__"), None)
     signature = f"{node.name}{_arguments(maker.args, bound=True)}" if maker else ""
-    bases = tuple(ast.unparse(base) for base in node.bases)
+    bases = tuple(name for base in node.bases if (name := ast.unparse(base)) != "object")
     members = tuple(entry.name.rpartition(".")[2] for entry in entries if entry.kind == "method")
     doc = ast.get_docstring(node) or ""
     return [Entry("class", module, node.name, signature, doc, node.lineno, bases, members), *entries]
@@ -339,7 +339,10 @@ def _is_prose(paragraph: str, text: str) -> bool:
     listed = any(re.match(r"\s*\w+(?:\([^)]*\))?\s(?:--|:)\s|\w+:$", line) for line in lines)
     indented = len({len(line) - len(line.lstrip()) for line in lines}) > 1 or lines[0].startswith(" ")
     words = re.findall(r"[A-Za-z]{2,}", text)
-    return not (marked or listed or indented) and len(words) >= 3 and text[0] not in "$<" and "\t" not in text.strip()
+    legal = re.match(r"Copyright|Licensed|Author", text)
+    return (
+        not (marked or listed or indented or legal) and len(words) >= 3 and text[0] not in "$<" and " = <" not in text
+    )
 
 
 def _sentences(text: str, size: int) -> str:
