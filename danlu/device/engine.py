@@ -203,6 +203,12 @@ class Engine:
                     return
                 yield token
 
+    def clear(self) -> None:
+        """Forget the tokens in the cache; a generation under way cannot go on."""
+        self._turn += 1
+        self._cached.clear()
+        self._api.llama_memory_clear(self._memory, False)
+
     @contextmanager
     def _sampler(self, sampling: Sampling) -> Iterator[Any]:
         """llama.cpp's sampler chain; the chain owns its parts."""
@@ -301,15 +307,21 @@ class Engine:
         return logits[0].copy()
 
     def _scored(self, ids: np.ndarray, wanted: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The wanted positions of one document, a step at a time, with their logits (valid until the next step)."""
+        """The wanted positions of one document, a step at a time, with their logits (valid until the next step).
+
+        What the document shares with the tokens already in the cache, say a system prompt, is not computed again.
+        """
         assert self._batch is not None
         if ids.size > self.context:
             raise DanluError(f"the document has {ids.size:,} tokens, the context {self.context:,}", where=self.path)
-        self._forget()
-        for start, stop in steps(wanted):
+        first = int(wanted.argmax())  # its logits are needed, so it is computed in any case
+        kept = self._cut(min(common_prefix(self._cached, ids), first))
+        self._turn += 1
+        for start, stop in steps(wanted, kept):
             positions = np.arange(start, stop)
             self._batch.fill(ids[start:stop], positions, 0, wanted[start:stop])
             self._compute(self._native, self._batch.native)
+            self._cached += ids[start:stop].tolist()
             chosen = positions[wanted[start:stop]]
             if chosen.size:
                 yield chosen, self._logits(self._native, chosen.size)
@@ -319,8 +331,11 @@ class Engine:
     def _load(self) -> Any:
         if not self.path.is_file():
             raise DanluError("there is no such file", where=self.path)
+        asked = self._api.llama_model_default_params()
+        if not self.exact:  # llama.cpp repacks some formats; mapped, the file's own pages would stay beside the copy
+            asked.load_mode = self._api.LLAMA_LOAD_MODE_NONE
         last_words()
-        model = self._api.llama_model_load_from_file(os.fsencode(self.path), self._api.llama_model_default_params())
+        model = self._api.llama_model_load_from_file(os.fsencode(self.path), asked)
         if not model:
             raise DanluError(
                 f"llama.cpp cannot load this GGUF: {last_words() or 'it gives no reason'}",
@@ -368,26 +383,25 @@ class Engine:
 
     def _read(self, prompt: list[int]) -> None:
         """Bring the cache to hold exactly `prompt`; the logits after its last token are ready then."""
-        kept = min(common_prefix(self._cached, prompt), len(prompt) - 1)
-        if not self._api.llama_memory_seq_rm(self._memory, 0, kept, -1):
-            kept = 0  # a recurrent state cannot forget its end alone
-            self._api.llama_memory_clear(self._memory, False)
-        del self._cached[kept:]
+        kept = self._cut(min(common_prefix(self._cached, prompt), len(prompt) - 1))
         for start in range(kept, len(prompt), BATCH):
             part = prompt[start : start + BATCH]
             ids = (self._api.llama_token * len(part))(*part)
             self._compute(self._native, self._api.llama_batch_get_one(ids, len(part)))
             self._cached += part
 
-    def _forget(self) -> None:
-        self._turn += 1
-        self._cached.clear()
-        self._api.llama_memory_clear(self._memory, False)
+    def _cut(self, length: int) -> int:
+        """Drop from the cache all but its first `length` tokens; how many are left."""
+        if not self._api.llama_memory_seq_rm(self._memory, 0, length, -1):
+            length = 0  # a recurrent state cannot forget its end alone
+            self._api.llama_memory_clear(self._memory, False)
+        del self._cached[length:]
+        return length
 
     def _compute(self, native: Any, batch: Any) -> None:
         code = self._api.llama_decode(native, batch)
         if code:
-            self._forget()
+            self.clear()
             raise DanluError(f"llama.cpp failed with code {code}: {last_words()}", where=self.path)
 
     def _logits(self, native: Any, rows: int) -> np.ndarray:
@@ -443,10 +457,9 @@ class _Batch:
         self._api.llama_batch_free(self.native)
 
 
-def steps(wanted: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Cut a document, up to its last wanted position, into steps of at most BATCH tokens and SCORED wanted ones."""
+def steps(wanted: np.ndarray, start: int = 0) -> Iterator[tuple[int, int]]:
+    """Cut a document, to its last wanted position, into steps of at most BATCH tokens and SCORED wanted ones."""
     end = int(np.flatnonzero(wanted)[-1]) + 1 if wanted.any() else 0
-    start = 0
     while start < end:
         counts = np.cumsum(wanted[start : min(start + BATCH, end)])
         stop = start + int(np.searchsorted(counts, SCORED, side="right"))
@@ -463,7 +476,7 @@ def cross_entropy(logits: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, 
     return (np.log(spread) + peak - logits[rows, targets]).astype(np.float32), best == targets
 
 
-def common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+def common_prefix(left: Sequence[int], right: Sequence[int] | np.ndarray) -> int:
     """How many leading items two sequences share."""
     for number, (one, other) in enumerate(zip(left, right, strict=False)):
         if one != other:
