@@ -18,7 +18,9 @@ def parts(value: object, unit: str = "", digits: int | None = None) -> tuple[str
         unit: as on the card.
         digits: after the point, in the card's unit; None leaves four in all.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool):
+        return "yes" if value else "no", ""
+    if not isinstance(value, (int, float)):
         return str(value), ""
     if not math.isfinite(value):
         return "not measured", ""

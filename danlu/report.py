@@ -37,6 +37,13 @@ METRICS = (
     ("rouge_l", "ROUGE-L of answers", "higher"),
     ("exact_match", "Exact match", "higher"),
 )
+FATES = (  # figure, label, class: together they are all rows read
+    ("examples_kept", "kept", "kept"),
+    ("exact_duplicates", "exact duplicates", "copy"),
+    ("near_duplicates", "near duplicates", "near"),
+    ("rejected", "rejected", "refused"),
+)
+SIDES = ("train", "heldout")
 STAGES = {
     "data": ("Data", "数据"),
     "tune": ("Tune", "微调"),
@@ -87,7 +94,7 @@ def render(artifacts: Mapping[str, Artifact], name: str) -> str:
         name=name,
         version=__version__,
         made=max((str(artifact.card["made"]) for artifact in artifacts.values()), default=""),
-        machine=machine(artifacts),
+        machine=machine(artifacts) + sections.get("certify", {}).get("machine", []),
         verdict=verdict(sections),
         tiles=list(tiles(artifacts, sections)),
         lineage=lineage(artifacts, sections),
@@ -219,7 +226,7 @@ def lineage(artifacts: Mapping[str, Artifact], sections: Mapping[str, dict[str, 
                 "id": artifact.card["id"],
                 "seconds": artifact.card["seconds"],
                 "memory": artifact.card.get("peak_memory_bytes"),
-                "key": [shorten(line, 26) for line in sections.get(kind, {}).get("key", [])[:2]],
+                "key": [shorten(line, 24) for line in sections.get(kind, {}).get("key", [])[:2]],
                 "depth": max(touched, default=-1),  # the lowest lane its stem must reach
             }
         )
@@ -250,15 +257,25 @@ def machine(artifacts: Mapping[str, Artifact]) -> list[tuple[str, str]]:
 
 
 def data_section(artifact: Artifact) -> dict[str, Any]:
-    """Counts of rows kept and refused, and the first example as the model sees it."""
+    """Where every row that was read went, how it was packed, and the first example as the model sees it."""
     figures = _flat(artifact.figures)
     refused = Counter(str(row.get("reason", "no reason")) for row in _json_lines(artifact.path / "rejected.jsonl"))
     first = artifact.path / "first.txt"
-    counts = [(name.replace("_", " "), fig) for name, fig in figures.items() if "." not in name]
+    fates = [(label, kind, figures[name]["value"]) for name, label, kind in FATES if name in figures]
+    sides = [side for side in SIDES if any(name.startswith(f"{side}.") for name in figures)]
+    packed = dict.fromkeys(name.partition(".")[2] for name in figures if name.partition(".")[0] in sides)
     return {
         "figures": figures,
-        "key": [f"{show_value(fig)} {name}".strip() for name, fig in counts[:3]],
-        "counts": counts,
+        "key": [
+            shown
+            for name, text in (("examples_kept", "examples kept"), ("train.tokens", "tokens"))
+            if (shown := f"{show_amount(figures[name]['value'])} {text}" if name in figures else "")
+        ],
+        "fates": [fate for fate in fates if fate[2]],
+        "read": sum(count for _, _, count in fates),
+        "sides": sides,
+        "packed": [(name.replace("_", " "), [figures.get(f"{side}.{name}") for side in sides]) for name in packed],
+        "notes": [(name.removeprefix("notes."), fig) for name, fig in figures.items() if name.startswith("notes.")],
         "refused": refused.most_common(),
         "first": first_example(first.read_text(encoding="utf-8", errors="replace")) if first.is_file() else None,
     }
@@ -373,6 +390,7 @@ def compress_section(artifact: Artifact) -> dict[str, Any]:
     for row in candidates:
         row["loss_change"] = as_figure(row.get("loss_change"), "nat/token")
         row["speed"] = as_figure(row.get("decode_tokens_per_second"), "token/s")
+        row["memory"] = as_figure(row.get("peak_memory"), "byte")
     chosen = next((place for place, row in enumerate(candidates) if row.get("chosen")), -1)
     measured = [row for row in candidates if row["loss_change"] is not None]
     pictures = []
@@ -390,6 +408,7 @@ def compress_section(artifact: Artifact) -> dict[str, Any]:
         "key": [f"{len(candidates)} forms tried"]
         + ([f"{kept['type']}, {show_amount(kept['bytes'], 'byte')}"] if kept else []),
         "candidates": candidates,
+        "memory": any(row["memory"] for row in candidates),
         "chosen": kept,
         "pictures": pictures,
     }
@@ -400,12 +419,15 @@ def certify_section(artifact: Artifact) -> dict[str, Any]:
     certificate = _json(artifact.path / "certificate.json")
     lines = [_line(row) for row in certificate["lines"]]
     judged = [line for line in lines if line["judged"]]
+    proof = _flat(certificate.get("parity") or {})
     return {
         "figures": _flat(artifact.figures),
         "key": [f"{sum(line['passed'] for line in judged)} of {len(judged)} points met"],
         "passed": certificate["passed"],
         "lines": lines,
-        "proof": [(name, show_value(fig)) for name, fig in _flat(certificate.get("parity") or {}).items()],
+        "proof": [(name.replace("_", " "), fig) for name, fig in proof.items()],
+        "differences": [cut(str(each)) for each in certificate.get("differences") or ()],
+        "machine": _words({**(certificate.get("machine") or {}), **(certificate.get("engine") or {})}),
     }
 
 
@@ -461,6 +483,12 @@ def shorten(text: str, most: int) -> str:
 def pretty(value: object) -> str:
     """Settings as indented JSON."""
     return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def _words(about: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """A flat mapping as lines of a table."""
+    joined = {name: ", ".join(map(str, value)) if isinstance(value, list) else value for name, value in about.items()}
+    return [(name.replace("_", " "), show_amount(value)) for name, value in joined.items()]
 
 
 def _flat(figures: Mapping[str, Any], before: str = "") -> dict[str, Any]:

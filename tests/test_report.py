@@ -34,11 +34,24 @@ def fill_data(out: Path, hostile: str = "") -> dict:
     (out / "first.txt").write_text(
         f"user: What does len do?{hostile}\nassistant: ⟦Return the number of items.<|im_end|>⟧\n"
     )
+    sides = {
+        side: {
+            "examples": figure(examples, "examples"),
+            "groups": figure(examples // 50, "groups"),
+            "tokens": figure(examples * 68, "token"),
+            "packing_efficiency": figure(0.9684, "share"),
+        }
+        for side, examples in (("train", 9221), ("heldout", 591))
+    }
     return {
-        "examples": figure(9812, "examples"),
-        "heldout_examples": figure(512, "examples"),
-        "near_duplicates": figure(431, "examples"),
-        "rejected": {"answer is empty": 7, "longer than the window": 1},
+        "rows_read": figure(9881, "rows"),
+        "examples_kept": figure(9812, "examples"),
+        "exact_duplicates": figure(12, "rows"),
+        "near_duplicates": figure(49, "rows", by="wording shared by 80% or more"),
+        "rejected": figure(8, "rows"),
+        "rejected_by_reason": {"answer is empty": figure(7, "rows"), "longer than the window": figure(1, "rows")},
+        "notes": {"texts longer than the window, cut into windows": figure(3, "times")},
+        **sides,
     }
 
 
@@ -123,7 +136,8 @@ def fill_compress(out: Path, hostile: str = "") -> dict:
                 "bytes": round(size * 1e6),
                 "loss": 1.94 + change,
                 "loss_change": {"value": change, "low": change * 0.8 - 0.002, "high": change * 1.2 + 0.002},
-                "decode_tokens_per_second": speed,
+                "decode_tokens_per_second": figure(speed, "token/s", speed - 3, speed + 4),
+                "peak_memory": figure(size * 1.3e6, "byte"),
                 "chosen": name == "Q4_K_M",
                 "why": "the smallest that loses at most 2 %" if name == "Q4_K_M" else "larger than the one chosen",
             }
@@ -146,8 +160,16 @@ def fill_certify(out: Path, passed: bool = True, hostile: str = "") -> dict:
         line("prefill", None, figure(866, "token/s")),
         line("loss of quality", figure(0.02, "share"), figure(0.0157, "share", 0.012, 0.019)),
     ]
-    parity = {"prompts": 20, "same_prompt_ids": 20, "same_greedy_tokens": figure(64, "token")}
-    write_json(out / "certificate.json", {"lines": lines, "passed": passed, "parity": parity})
+    parity = {"prompts": figure(20, "prompts"), "same_ids": figure(20, "prompts", by="three tokenizers" + hostile)}
+    certificate = {
+        "lines": lines,
+        "passed": passed,
+        "parity": parity,
+        "differences": [] if passed else ["prompt 3 differs at token 17"],
+        "machine": {"processor": "AMD EPYC" + hostile, "instructions": ["avx2", "avx512f"]},
+        "engine": {"name": "llama.cpp", "threads": 2, "imported_torch": False},
+    }
+    write_json(out / "certificate.json", certificate)
     return {"points": figure(5, "points")}
 
 
@@ -292,6 +314,19 @@ def test_a_missed_target_says_which_and_by_how_much(tmp_path):
     page = Page(render(make_run(tmp_path, ["certify"], certify={"passed": False}), "x"))
     assert "Target missed in 1 of 4 points decoding: 29.9 token/s too slow" in page.text
     assert page.text.count("missed") == 2
+
+
+def test_every_row_read_is_accounted_for(page):
+    assert "9,881 rows read 9,812 kept 12 exact duplicates 49 near duplicates 8 rejected" in page.text
+    assert "answer is empty7" in page.text
+
+
+def test_parity_and_the_machine_are_shown(page, tmp_path):
+    assert "same ids20 promptsthree tokenizers" in page.text
+    assert "No difference was found." in page.text
+    assert "avx2, avx512f" in page.text and "imported torchno" in page.text
+    other = Page(render(make_run(tmp_path, ["certify"], certify={"passed": False}), "x"))
+    assert "What differsprompt 3 differs at token 17" in other.text
 
 
 def test_all_charts_are_there(page):

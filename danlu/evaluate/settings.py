@@ -16,7 +16,7 @@ class EvaluateSettings(Settings):
         16_384, gt=0, description="held-out tokens scored at most, whole rows drawn by the seed; null scores all"
     )
     answers: int = Field(24, ge=0, description="held-out prompts answered by both models; 0 generates none")
-    max_new_tokens: int = Field(96, gt=0, description="tokens of a generated answer at most")
+    max_new_tokens: int = Field(64, gt=0, description="tokens of a generated answer at most")
     batch: int = Field(24, gt=0, description="answers generated side by side")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="what both models compute in; auto takes bf16 where the processor has it"
