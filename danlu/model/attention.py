@@ -126,13 +126,14 @@ class Attention(nn.Module):
         value = self.value(x).view(batch, length, self.kv_heads, self.head_width)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key = rotate(query, see.cos, see.sin), rotate(key, see.cos, see.sin)
+        scale = self.head_width**-0.5  # of the scores; put into the queries' rotation, where it costs nothing
+        query, key = rotate(query, see.cos * scale, see.sin * scale), rotate(key, see.cos, see.sin)
         if cache is not None:
             key, value = cache.put(see.positions, key, value)
         return self.output(self._mix(query, key, value, see).reshape(batch, length, -1))
 
     def _mix(self, query: Tensor, key: Tensor, value: Tensor, see: Sight) -> Tensor:
-        """[B, T, heads, head_width] of queries -> the same shape of mixed values."""
+        """[B, T, heads, head_width] of scaled queries -> the same shape of mixed values."""
         if see.tiles is not None:
             return tiled_attention(query, key, value, see.tiles, see.window)
         mixed = F.scaled_dot_product_attention(
@@ -141,6 +142,7 @@ class Attention(nn.Module):
             value.transpose(1, 2),
             attn_mask=see.mask,
             is_causal=see.mask is None,
+            scale=1.0,
             enable_gqa=self.heads != self.kv_heads,
         )
         return mixed.transpose(1, 2)

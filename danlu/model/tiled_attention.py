@@ -51,7 +51,7 @@ def _runs(numbers: np.ndarray) -> list[tuple[int, int]]:
 def tiled_attention(query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, window: int) -> Tensor:
     """Attention of [B, T, heads, head_width] queries over [B, T, kv_heads, head_width] keys and values.
 
-    `tiles` come from `make_tiles` with the same window (0 for none). Returns [B, T, heads, head_width]; places in
+    Queries come scaled, so a score is a plain product with a key. `tiles` come from `make_tiles` with the same window (0 for none). Returns [B, T, heads, head_width]; places in
     no tile are zero. An opaque operator, so that torch.compile neither unrolls the tiles nor recompiles for them.
     """
     grouped, keys, values = _by_head(query, key.shape[2]), _by_head(key, None), _by_head(value, None)
@@ -81,7 +81,6 @@ def tiled_attention_backward(
     to_query = torch.zeros_like(grouped)
     to_key = torch.zeros(keys.shape, dtype=torch.float32)
     to_value = torch.zeros(values.shape, dtype=torch.float32)
-    scale = query.shape[-1] ** -0.5
     for tile in tiles.tolist():
         rows, here, there = _slices(tile)
         if rows.start == rows.stop:
@@ -95,7 +94,7 @@ def tiled_attention_backward(
         to_score = torch._softmax_backward_data(to_probability, probability, -1, probability.dtype)
         to_query[rows, :, :, here] = torch.bmm(to_score, seen_keys.flatten(0, 1)).view(to_query[rows, :, :, here].shape)
         to_key[rows, :, there] += torch.bmm(to_score.transpose(1, 2), below).view(seen_keys.shape)
-    return _by_place(to_query * scale), _by_place(to_key.mul_(scale).to(key.dtype)), _by_place(to_value.to(key.dtype))
+    return _by_place(to_query), _by_place(to_key.to(key.dtype)), _by_place(to_value.to(key.dtype))
 
 
 @tiled_attention_backward.register_fake
@@ -139,11 +138,11 @@ def _slices(tile: list[int]) -> tuple[slice, slice, slice]:
 
 
 def _probability(query: Tensor, key: Tensor, tile: list[int], window: int) -> Tensor:
-    """softmax(query key^T / sqrt(width)) of one tile: [rows x kv_heads, group x queries, keys]."""
+    """softmax(query key^T) of one tile: [rows x kv_heads, group x queries, keys]."""
     rows, heads, group, queries, width = query.shape
     count = key.shape[2]
     left, right = query.reshape(rows * heads, group * queries, width), key.flatten(0, 1).transpose(1, 2)
-    score = torch.bmm(left, right).mul_(width**-0.5)
+    score = torch.bmm(left, right)
     square = score.view(rows * heads, group, queries, count)
     # Only the last `queries` keys can lie ahead of a query; only the first can lie behind its window.
     hidden = torch.ones(queries, queries, dtype=torch.bool).triu(1)

@@ -19,7 +19,10 @@ def by_mask(query, key, value, segments, window):
     """The same attention by scaled_dot_product_attention with an explicit mask."""
     positions = torch.arange(query.shape[1]).expand(len(query), -1)
     mixed = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (query, key, value)), attn_mask=_mask(positions, segments, window), enable_gqa=True
+        *(x.transpose(1, 2) for x in (query, key, value)),
+        attn_mask=_mask(positions, segments, window),
+        enable_gqa=True,
+        scale=1.0,
     )
     return mixed.transpose(1, 2)
 
