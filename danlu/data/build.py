@@ -12,10 +12,9 @@ import shutil
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
@@ -73,7 +72,7 @@ def build_data(settings: DataSettings, tokenizer: Tokenizer, out: Path, seed: in
 
 
 def _build(settings: DataSettings, tokenizer: Tokenizer, out: Path, seed: int) -> Figures:
-    with Rejections(out / REJECTED) as rejections, Spill(out / WORK) as spill:
+    with closing(Rejections(out / REJECTED)) as rejections, closing(Spill(out / WORK)) as spill:
         gathered = _gather(settings, spill, rejections, out / WORK)
         copies = Copies(*gathered.finder.leaders(lambda number: spill[number].wording()))
         if settings.deduplicate == "none":  # copies stay, all on the side of the first
@@ -84,7 +83,9 @@ def _build(settings: DataSettings, tokenizer: Tokenizer, out: Path, seed: int) -
         templater = Templater(tokenizer, settings.window)
         padding = next(number for number in (tokenizer.pad_id, tokenizer.eos_id, 0) if number is not None)
         with ExitStack() as stack:
-            writers = [stack.enter_context(SideWriter(out, side, settings.window, padding, seed)) for side in SIDES]
+            writers = [SideWriter(out, side, settings.window, padding, seed) for side in SIDES]
+            for writer in writers:
+                stack.callback(writer.close)
             for number, example, documents in _render(spill, copies, templater, rejections, out / COPIES):
                 side = int(held[number])
                 if side == 0 and not writers[side].examples:
@@ -105,12 +106,7 @@ class Rejections:
         self.first: dict[str, str] = {}  # reason -> where it was met first, and the detail
         self._file = path.open("w", encoding="utf-8")
 
-    def __enter__(self) -> Rejections:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._file.close()
 
     def add(self, origin: Origin, bad: BadRow, shown: str) -> None:
@@ -156,12 +152,7 @@ class SideWriter:
         self._lines = (out / f"{side}.jsonl").open("w", encoding="utf-8")
         self._packer = Packer(out / side, window, padding, seed)
 
-    def __enter__(self) -> SideWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._lines.close()
         self._packer.close()
 

@@ -266,7 +266,7 @@ def _living_signature(name: str, thing: Any) -> str:
     """The signature the interpreter knows, or the one the documentation begins with."""
     try:
         parameters = list(inspect.signature(thing).parameters.values())
-    except (TypeError, ValueError):
+    except Exception:  # many have none; some of the interpreter's own cannot be evaluated, each failing in its own way
         last = name.rpartition(".")[2]
         written = re.match(rf"(?:\w+\.)*{re.escape(last)}(\([^()\n]*\))", _own_doc(thing))
         return f"{name}{written.group(1)}" if written else ""
@@ -295,8 +295,7 @@ def summary(doc: str, name: str = "", size: int = ANSWER) -> str:
         if kept and sum(map(len, kept)) + len(text) > size:
             break
         kept.append(text)
-    made = _sentences("\n\n".join(kept), size)
-    return f"{made[:-1]}." if made.endswith(":") else made  # what it announces is not there
+    return _finished(_sentences("\n\n".join(kept), size))
 
 
 def example(doc: str, size: int = ANSWER) -> str:
@@ -341,7 +340,10 @@ def _is_prose(paragraph: str, text: str) -> bool:
     words = re.findall(r"[A-Za-z]{2,}", text)
     legal = re.match(r"Copyright|Licensed|Author", text)
     return (
-        not (marked or listed or indented or legal) and len(words) >= 3 and text[0] not in "$<" and " = <" not in text
+        not (marked or listed or indented or legal)
+        and len(words) >= 3
+        and text[0] not in "$<"
+        and not re.search(" = <|::=", text)
     )
 
 
@@ -349,8 +351,21 @@ def _sentences(text: str, size: int) -> str:
     """The text if it fits, else the sentences that do, and the first one even if it does not."""
     if len(text) <= size:
         return text
-    ends = [found.end(1) for found in re.finditer(r"([.!?])(?:\s+(?=[A-Z`'\"])|$)", text)] or [len(text)]
+    ends = _ends(text) or [len(text)]
     return text[: max([end for end in ends if end <= size], default=ends[0])]
+
+
+def _finished(text: str) -> str:
+    """Without a last sentence that only leads to what is not there: a list, a formula, an example."""
+    if text.rstrip("\"'`)").endswith((".", "!", "?")):
+        return text
+    ends = _ends(text)
+    return text[: ends[-1]] if ends else f"{text[:-1]}." if text.endswith(":") else text
+
+
+def _ends(text: str) -> list[int]:
+    """Where its sentences end."""
+    return [found.end(1) for found in re.finditer(r"([.!?])(?:\s+(?=[A-Z`'\"])|$)", text)]
 
 
 # --- Questions ----------------------------------------------------------------------------------------------------

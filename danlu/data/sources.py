@@ -59,7 +59,7 @@ def read(source: Source) -> Iterator[tuple[str, Iterator[Row]]]:
     if source.is_python_docs:
         yield PYTHON_DOCS, within(python_docs.rows())
         return
-    for file in find_files(source):
+    for file in find_files(source, tell=True):
         if left == 0:
             return
         yield file.name, within(_rows(file, source))
@@ -85,19 +85,22 @@ def fingerprint(settings: DataSettings, digest: Callable[[Path], str] = hash_fil
     return found
 
 
-def find_files(source: Source) -> list[File]:
-    """The files a source names, in order of their names. Raises DanluError where there are none."""
+def find_files(source: Source, tell: bool = False) -> list[File]:
+    """The files a source names, in order of their names. Raises DanluError where there are none.
+
+    With `tell`, files of a directory or glob that are of no kind read here are counted and said.
+    """
     if source.is_hub:
         return [File(path, name) for path, name in hub.fetch(source.path)]
     path = Path(source.path).expanduser()
     if path.is_dir():
-        return _known_files(path, [file for file in path.rglob("*") if not _hidden(file.relative_to(path))])
+        return _known_files(path, [file for file in path.rglob("*") if not _hidden(file.relative_to(path))], tell)
     if path.is_file():
         _reader(path)
         return [File(path, str(path))]
     if any(sign in source.path for sign in "*?["):
         found = glob.glob(str(path), recursive=True)  # noqa: PTH207  # pathlib's would find hidden files too
-        return _known_files(path, list(map(Path, found)))
+        return _known_files(path, list(map(Path, found)), tell)
     raise DanluError("there is no such file", where=path, fix=_nearby(path))
 
 
@@ -108,8 +111,8 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _known_files(place: Path, found: list[Path]) -> list[File]:
-    """The readable ones among files found in a directory or by a glob; the others are counted and said."""
+def _known_files(place: Path, found: list[Path], tell: bool) -> list[File]:
+    """The ones of a known kind among files found in a directory or by a glob."""
     files = sorted(file for file in found if file.is_file())
     known = [File(file, str(file)) for file in files if _suffix(file) in READERS]
     others = Counter(_suffix(file) or file.name for file in files if _suffix(file) not in READERS)
@@ -117,7 +120,7 @@ def _known_files(place: Path, found: list[Path]) -> list[File]:
     if not known:
         beside = f"it holds only {kinds}; " if others else ""
         raise DanluError("holds no file with data", where=place, fix=f"{beside}known are {', '.join(READERS)}, and .gz")
-    if others:
+    if others and tell:
         say(f"data: {place}: {others.total()} files are of no kind that is read here ({kinds}); {len(known)} are read")
     return known
 

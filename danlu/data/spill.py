@@ -7,7 +7,6 @@ import os
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 from danlu.data.example import Example
 
@@ -25,12 +24,7 @@ class Spill:
     def __len__(self) -> int:
         return self._count
 
-    def __enter__(self) -> Spill:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         self._lines.close()
         self._offsets.close()
 

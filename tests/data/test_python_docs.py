@@ -115,6 +115,8 @@ def test_held_out_modules_are_never_trained_on(smollm: Tokenizer, tmp_path: Path
         ("f(x) -- Make it so at once.", "f", "Make it so at once."),
         ("Do this now.\n\nArguments are:\n\n  a -- one\n", "", "Do this now."),
         ("Do this now.\n\n>>> f(1)\n2\n\nMore.", "", "Do this now."),
+        ("It is so. For example, the lines\n\n  code", "", "It is so."),
+        ("These are the parts:\n\n* one", "", "These are the parts."),
         ("- a list\n- only", "", ""),
         ("Too short", "", ""),
         ("Use :func:`~os.walk`  or ``x`` instead.", "", "Use `os.walk` or `x` instead."),
