@@ -53,13 +53,13 @@ class Recipe(Settings):
     )
     model: ModelSettings = Field(description="which model the work starts from")
     data: DataSettings = Field(description="which rows are learned from, and how they are cleaned and packed")
-    tune: TuneSettings = Field(default_factory=TuneSettings, description="how the model learns")
-    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, description="how what was learned is measured")
+    tune: TuneSettings = Field(TuneSettings(), description="how the model learns")
+    evaluate: EvaluateSettings = Field(EvaluateSettings(), description="how what was learned is measured")
     compress: CompressSettings = Field(
         default_factory=CompressSettings, description="which forms are tried for the device"
     )
-    certify: CertifySettings = Field(default_factory=CertifySettings, description="how the device is measured")
-    target: Target = Field(default_factory=Target, description="what the device asks of the result; a miss exits 1")
+    certify: CertifySettings = Field(CertifySettings(), description="how the device is measured")
+    target: Target = Field(Target(), description="what the device asks of the result; a miss exits 1")
 
     @model_validator(mode="before")
     @classmethod

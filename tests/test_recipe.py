@@ -137,7 +137,7 @@ def test_settings_from_the_command_line_go_over_the_file(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("tune.learing_rate=1", "--set tune.learing_rate=1: tune.learing_rate is no setting\n  did you mean learning_rate"),
+        ("tune.learing_rate=1", "--set tune.learing_rate=1: tune.learing_rate is no setting\n  did you mean learning"),
         ("tune.learning_rate=-1", "--set tune.learning_rate=-1: tune.learning_rate is -1; it must be greater than 0"),
         ("tune.learning_rate", "--set tune.learning_rate: is no setting\n  write it as"),
         ("data.sources.7.path=x", "--set data.sources.7.path=x: there is no 7 to set"),
