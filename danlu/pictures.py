@@ -157,10 +157,11 @@ def change_histogram(change: NDArray[np.float64]) -> Markup:
     """How many held-out documents changed by how much, nat/token; zero is marked and always in view."""
 
     def paint(axes: Axes) -> None:
-        reach = (min(float(change.min()), 0.0), max(float(change.max()), 0.0))
-        edges = np.histogram_bin_edges(change, bins=min(30, max(8, len(change) // 5)), range=reach)
+        low, high = min(float(change.min()), 0.0), max(float(change.max()), 0.0)
+        width = ((high - low) or 1.0) / min(30, max(8, len(change) // 5))
+        edges = width * np.arange(np.floor(low / width), np.ceil(high / width) + 1)  # zero is one of them
         counts, _ = np.histogram(change, edges)
-        colours = [COOL if right <= 1e-12 else ACCENT for right in edges[1:]]
+        colours = [COOL if middle < 0 else ACCENT for middle in (edges[1:] + edges[:-1]) / 2]
         axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=colours, alpha=0.75, linewidth=0)
         axes.axvline(0, color=MUTED, linewidth=0.9, dashes=(4, 3))
         _label(axes, "change of loss, nat/token", "documents")
@@ -202,6 +203,8 @@ def _name_points(axes: Axes, xs: Sequence[float], ys: Sequence[float], names: Se
     points = axes.transData.transform(np.column_stack([xs, ys]))
     frame = axes.get_window_extent()
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in points]
+    _, zero = axes.transData.transform((0.0, 0.0))
+    taken.append((frame.x0, zero - 1, frame.x1, zero + 1))  # the dashed line
     for place in sorted(range(len(names)), key=lambda place: place != chosen):
         wide, tall = 5.2 * len(names[place]) + 2, 10
         boxes = []

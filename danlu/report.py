@@ -37,6 +37,7 @@ METRICS = (
     ("rouge_l", "ROUGE-L of answers", "higher"),
     ("exact_match", "Exact match", "higher"),
 )
+HEADLINES = ("heldout_loss", "rouge_l")
 FATES = (  # figure, label, class: together they are all rows read
     ("examples_kept", "kept", "kept"),
     ("exact_duplicates", "exact duplicates", "copy"),
@@ -164,7 +165,7 @@ def _loss_sentences(evaluate: dict[str, Any] | None) -> Iterator[str]:
 def tiles(artifacts: Mapping[str, Artifact], sections: Mapping[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The few figures a reader takes away."""
     for row in sections.get("evaluate", {}).get("metrics", []):
-        if row["name"] in ("heldout_loss", "rouge_l"):
+        if row["name"] in HEADLINES:
             note = f"change {row['changed']}" + (", not clear" if row["unclear"] else "")
             yield {"label": row["label"], "before": row["before"], "after": row["after"], "note": note}
     chosen = sections.get("compress", {}).get("chosen")
@@ -177,8 +178,9 @@ def tiles(artifacts: Mapping[str, Artifact], sections: Mapping[str, dict[str, An
         "after": figure(chosen["bytes"], "byte"),
         "note": f"as {chosen['type']}",
     }
-    if chosen["speed"] is not None:
-        yield {"label": "Decoding speed", "before": None, "after": chosen["speed"], "note": "on this machine"}
+    speed = sections.get("certify", {}).get("figures", {}).get("decode") or chosen["speed"]
+    if speed is not None:
+        yield {"label": "Decoding speed", "before": None, "after": speed, "note": "on this machine"}
 
 
 def _weight_bytes(tuned: Artifact) -> int:
@@ -334,7 +336,11 @@ def evaluate_section(artifact: Artifact) -> dict[str, Any]:
     metrics = [row for name, label, better in METRICS if (row := _metric(figures, name, label, better))]
     return {
         "figures": figures,
-        "key": [f"{row['label']} {show_change({**row['change'], 'unit': ''})}" for row in metrics[:1]],
+        "key": [
+            f"{row['label'].removesuffix(' of answers')} {show_change({**row['change'], 'unit': ''})}"
+            for row in metrics
+            if row["name"] in HEADLINES
+        ],
         "metrics": metrics,
         "answers": answers,
         "open": ANSWERS_OPEN,
