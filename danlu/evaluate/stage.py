@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from danlu.artifact import Figures, figure, write_aside
-from danlu.console import say
+from danlu.console import say, warn
 from danlu.data.stream import Rows
 from danlu.errors import DanluError
 from danlu.evaluate.answers import Answer, Question, answer_all, draw_questions
@@ -76,6 +76,10 @@ def evaluate(
     before = measure(base, "before")  # one model at a time: its weights are gone before the next come
     after = measure(tuned, "after")
     groups = groups_of(data / "heldout.jsonl", base.tokenizer, rows, before.heldout.row, before.heldout.segment)
+    if len(set(groups)) < 2:
+        warn(
+            "all held-out documents are of one group: how far they speak for others is unknown, so no interval is given"
+        )
     _write_documents(out / "documents.jsonl", before.heldout, after.heldout, groups)
     _write_answers(out / "answers.jsonl", questions, before.answers, after.answers)
     draw = Draw(seed, settings.resamples)

@@ -121,6 +121,21 @@ def test_a_model_against_itself_changes_nothing(base, data, tmp_path):
     assert "rouge_l_before" not in figures and read(tmp_path / "answers.jsonl") == []
 
 
+def test_one_group_gives_no_interval_and_that_is_said(base, tmp_path, capfd):
+    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}.", "module": "one"} for n in range(6)]
+    for name, part in (("held.jsonl", rows), ("train.jsonl", [{**rows[0], "module": "two", "prompt": "else?"}])):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+    columns = {"prompt": "prompt", "completion": "completion", "group": "module"}
+    sides = {"held.jsonl": "heldout", "train.jsonl": "train"}
+    sources = [{"path": str(tmp_path / name), "split": side, "columns": columns} for name, side in sides.items()]
+    (tmp_path / "data").mkdir()
+    build_data(DataSettings(sources=sources, window=64, deduplicate="none"), base.tokenizer, tmp_path / "data", seed=0)
+    settings = SETTINGS.model_copy(update={"answers": 0})
+    figures = evaluate(settings, base, base, tmp_path / "data", tmp_path, seed=0)
+    assert "low" not in figures["heldout_loss_after"]
+    assert "one group" in capfd.readouterr().err
+
+
 def test_another_tokenizer_is_refused(base, data, tmp_path):
     class Other:
         tokenizer = type("T", (), {"fingerprint": "other"})
