@@ -365,7 +365,8 @@ def _finished(text: str) -> str:
 
 def _ends(text: str) -> list[int]:
     """Where its sentences end."""
-    return [found.end(1) for found in re.finditer(r"([.!?])(?:\s+(?=[A-Z`'\"])|$)", text)]
+    end = r"(?<!\be\.g)(?<!\bi\.e)([.!?])(?:\s+(?=[A-Z`'\"])|$)"
+    return [found.end(1) for found in re.finditer(end, text)]
 
 
 # --- Questions ----------------------------------------------------------------------------------------------------

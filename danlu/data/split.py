@@ -27,14 +27,25 @@ def choose(counts: npt.NDArray[np.int64], share: float) -> npt.NDArray[np.bool_]
         counts: [BUCKETS] examples in each bucket.
         share: of all examples; it is never passed, unless even the smallest bucket passes it.
 
-    Returns: bool [BUCKETS]. Buckets are taken in their own order, which is that of a hash; one too large is left
-    out, so that a single big group does not become the whole test. At least one bucket stays on each side; where
-    there is only one, none is held out.
+    Returns: bool [BUCKETS]. Buckets are taken in their own order, which is that of a hash. Those larger than a quarter
+    of what is wanted only come if the others do not suffice, so that no single big group becomes the whole test. At
+    least one bucket stays on each side; where there is only one, none is held out.
     """
     filled = np.flatnonzero(counts)
     held = np.zeros(len(counts), dtype=bool)
     if share == 0 or len(filled) < 2:
         return held
+    room = wanted = share * int(counts.sum())
+    for largest in (wanted / 4, wanted):
+        for number in filled:
+            if not held[number] and counts[number] <= min(largest, room):
+                held[number] = True
+                room -= counts[number]
+    if not held.any():
+        held[filled[np.argmin(counts[filled])]] = True
+    if held[filled].all():
+        held[filled[np.argmax(counts[filled])]] = False
+    return held
     room = share * int(counts.sum())
     for number in filled:
         if counts[number] <= room:

@@ -6,13 +6,11 @@ import random
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from danlu.data.duplicates import EXACT, KEPT, NEAR, CopyFinder, shingles, similarity
-from danlu.data.split import BUCKETS, bucket, choose
 
 ENGLISH = (
     "The furnace is lit at dawn and fed with dry pine until the walls glow; then the vessel is sealed with clay, "
@@ -107,29 +105,3 @@ def test_similarity_is_jaccard() -> None:
     assert similarity(shingles("a b c d"), shingles("A  b\nc d")) == 1
     assert similarity(shingles(""), shingles("")) == 0
     assert len(set(shingles("a b c").tolist()) | set(shingles("c b a").tolist())) == 2  # order counts
-
-
-# --- Split --------------------------------------------------------------------------------------------------------
-
-
-@given(
-    st.dictionaries(st.integers(0, BUCKETS - 1), st.integers(1, 50), max_size=60),
-    st.floats(0, 0.99, exclude_max=True),
-)
-@settings(max_examples=60, deadline=None)
-def test_a_share_of_whole_buckets_is_held_out(filled: dict[int, int], share: float) -> None:
-    counts = np.zeros(BUCKETS, dtype=np.int64)
-    for number, count in filled.items():
-        counts[number] = count
-    held = choose(counts, share)
-    taken = int(counts[held].sum())
-    if share == 0 or len(filled) < 2:
-        assert not taken
-    else:
-        assert 0 < taken < counts.sum()
-        assert taken <= max(share * counts.sum(), min(filled.values()))
-
-
-def test_the_share_is_met_closely() -> None:
-    counts = np.bincount([bucket(f"row {number}") for number in range(20_000)], minlength=BUCKETS)
-    assert counts[choose(counts, 0.05)].sum() == 1000
