@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from danlu.console import warn
 from danlu.data.example import BadRow, Example, Message
 from danlu.errors import DanluError
 from danlu.tokenizer import Tokenizer
@@ -60,6 +61,8 @@ class Templater:
         stops = [number for number in probe if number in tokenizer.stop_ids]
         self._end_of_turn = stops[-1] if stops else tokenizer.eos_id
         self._forgeable = self._control_tokens({*probe, *tokenizer.stop_ids})
+        if "strftime_now" in (tokenizer.chat_template or ""):
+            warn("the chat template writes today's date into its prompts; served on another day they will differ")
 
     def documents(self, examples: Sequence[Example]) -> list[list[Document] | BadRow]:
         """The documents of each example, or why it makes none.

@@ -210,6 +210,13 @@ def test_a_chat_longer_than_the_window_names_both_numbers(smollm: Tokenizer) -> 
     assert made.detail == f"it has {len(found)} tokens, the window is {len(found) - 1}"
 
 
+def test_a_template_that_tells_the_date_is_said(
+    with_template: Callable[..., Tokenizer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Templater(with_template("{{ strftime_now('%Y') }}" + LLAMA3, *LLAMA3_TOKENS), 512)
+    assert "the chat template writes today's date" in capsys.readouterr().err
+
+
 def test_chats_need_a_template(smollm: Tokenizer, with_template: Callable[..., Tokenizer]) -> None:
     tokenizer = with_template("")
     tokenizer.chat_template = None
