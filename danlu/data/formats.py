@@ -6,7 +6,7 @@ The layout is found from the first rows, or taken from the settings; either way 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from danlu.data.example import BadRow, Example, Message, Row
@@ -82,7 +82,7 @@ class Layout:
         origin = row.origin
         if "group" in self.columns:
             group = _field(row.value, self.columns["group"])
-            origin = type(origin)(origin.file, origin.line, str(group))
+            origin = replace(origin, group=str(group))
         if self.format == "text":
             return Example(origin, text=_text(row.value, self.columns["text"]))
         return Example(origin, messages=MESSAGES[self.format](row.value, self.columns))
@@ -131,7 +131,7 @@ def _layout(format_: str, values: Sequence[dict[Any, Any]], given: dict[Any, str
         wanted = {**required, **{role: () for role in given}, **OPTIONAL[format_]}
         columns = {role: given.get(role, _known(names, spelled)) for role, names in wanted.items()}
         found = {role: column for role, column in columns.items() if column is not None}
-        if set(required) <= set(found) and all(column in present for role, column in found.items() if role in required):
+        if set(required) <= set(found) and all(column in present for column in found.values()):
             if set(given) - set(required) - set(OPTIONAL[format_]) - {"group"}:
                 return None  # the settings name a column this format has no use for
             unused = tuple(str(key) for key in present if key not in found.values())
