@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from danlu.artifact import canonical, hash_file, sync
-from danlu.console import say
+from danlu.console import say, warn
 from danlu.errors import DanluError
 from danlu.gguf_header import read_header
 from danlu.model import directory, gguf, stored
@@ -49,31 +49,35 @@ class Checkpoint:
 
     @classmethod
     def open(cls, ref: str | Path) -> Checkpoint:
-        """Find a model and read all but its weights.
+        """Find a model, read all but its weights, and check that those are there and of the right shapes.
 
         Args:
             ref: anything that `find_checkpoint` knows.
 
-        Raises DanluError where there is no model, it is damaged or cut short, or Danlu cannot compute it exactly.
+        Raises DanluError where there is no model, it is damaged or cut short, or Danlu cannot compute it exactly;
+        a weight that is missing, of another shape, or not known is named with its file.
         """
         path = find_checkpoint(ref)
         if path.is_dir():
             family, config = directory.read_directory_config(path)
-            directory.weight_files(path)
             name = family.model_type
         else:
             config = gguf.read_config(read_header(path))
             name = family_for(config).model_type
-        return cls(path, config, name, Tokenizer.load(path))
+        tokenizer = Tokenizer.load(path)
+        if tokenizer.vocab_size > config.vocab_size:
+            beyond = f"ids from {config.vocab_size:,} to {tokenizer.vocab_size - 1:,}"
+            warn(f"{path}: the tokenizer has {beyond}, for which the model has no embedding")
+        opened = cls(path, config, name, tokenizer)
+        stored.check(config, opened._weights())
+        return opened
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the files that `open` and `load` read."""
         if self.path.is_file():
             return hash_file(self.path)
-        files = [file for file in self.path.iterdir() if file.suffix in (".json", ".jinja")]
-        files += directory.weight_files(self.path)
-        hashes = {file.name: hash_file(file) for file in files}
+        hashes = {file.name: hash_file(file) for file in directory.files_read(self.path)}
         return hashlib.sha256(canonical(hashes).encode()).hexdigest()
 
     def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:
@@ -83,13 +87,14 @@ class Checkpoint:
             dtype: of all parameters; quantised weights are dequantised.
             device: where they are put.
 
-        Raises DanluError naming the file and the tensor that is missing, of another shape, or not known.
+        Raises DanluError where the weights have changed since `open` and no longer fit.
         """
+        return stored.build(self.config, self._weights(), dtype, device)
+
+    def _weights(self) -> stored.Weights:
         if self.path.is_dir():
-            weights = directory.stored_weights(self.path, self.config)
-        else:
-            weights = gguf.stored_weights(read_header(self.path), self.config)
-        return stored.build(self.config, weights, dtype, device)
+            return directory.stored_weights(self.path, self.config)
+        return gguf.stored_weights(read_header(self.path), self.config)
 
 
 def save_checkpoint(model: Decoder, tokenizer: Tokenizer, out: Path, dtype: torch.dtype = torch.float32) -> None:

@@ -17,12 +17,17 @@ from danlu.errors import DanluError
 from danlu.model.config import ModelConfig
 from danlu.model.families.family import Family, translate
 from danlu.model.families.llama import COMPUTED, WEIGHTS, family_for, family_of
-from danlu.model.stored import Stored
+from danlu.model.stored import Stored, Weights
 from danlu.model.transformer import Decoder
 from danlu.tokenizer import Tokenizer
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# What a directory is read from, beside the weights.
+READ = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("chat_template.jinja", INDEX),
+)
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
 SHARD = 5_000_000_000  # bytes, the size at which Hugging Face splits
 
@@ -33,6 +38,11 @@ def read_directory_config(path: Path) -> tuple[Family, ModelConfig]:
     hf = _read_json(file)
     family = family_of(hf, file)
     return family, family.read(hf, file)
+
+
+def files_read(path: Path) -> list[Path]:
+    """Every file of a directory that decides what the model is."""
+    return [path / name for name in READ if (path / name).is_file()] + weight_files(path)
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -58,8 +68,8 @@ def weight_files(path: Path) -> list[Path]:
     raise DanluError("has no model.safetensors", where=path, fix="download the weights too, or name another directory")
 
 
-def stored_weights(path: Path, config: ModelConfig) -> dict[str, Stored]:
-    """Our names of the weights in a directory, found from the files' headers alone.
+def stored_weights(path: Path, config: ModelConfig) -> Weights:
+    """The weights in a directory, found from the files' headers alone.
 
     Raises DanluError where a file is damaged or cut short, or holds a tensor that has no place in the model.
     """
@@ -75,7 +85,7 @@ def stored_weights(path: Path, config: ModelConfig) -> dict[str, Stored]:
             found[ours] = Stored(name, file, shape, partial(_read, file, name))
     if config.tied and "head.weight" in found:
         _drop_tied_head(found)
-    return found
+    return Weights(path, WEIGHTS, found)
 
 
 def write_directory(model: Decoder, tokenizer: Tokenizer, path: Path, dtype: torch.dtype) -> None:

@@ -5,8 +5,9 @@ Format: GGUF specification version 3; number formats as in the gguf package.
 
 from __future__ import annotations
 
+import math
 import os
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from danlu.model.config import ModelConfig
 from danlu.model.families.family import Family, translate
 from danlu.model.families.llama import FAMILIES, GGUF_WEIGHTS, family_for
 from danlu.model.families.metadata import read_metadata, rope_factors, write_metadata
-from danlu.model.stored import Stored
+from danlu.model.stored import Stored, Weights
 from danlu.model.transformer import Decoder
 from danlu.tokenizer import Tokenizer
 
@@ -46,8 +47,8 @@ def read_config(header: Header) -> ModelConfig:
     return read_metadata(header, None if factors is None else _read(header.path, factors, torch.float32).tolist())
 
 
-def stored_weights(header: Header, config: ModelConfig) -> dict[str, Stored]:
-    """Our names of the weights in a file; DanluError for a tensor that has no place in the model."""
+def stored_weights(header: Header, config: ModelConfig) -> Weights:
+    """The weights in a file; DanluError for a tensor that has no place in the model."""
     names = {theirs: ours for ours, theirs in GGUF_WEIGHTS.items()}
     neighbours = _family(header).neighbours
     found = {}
@@ -60,7 +61,7 @@ def stored_weights(header: Header, config: ModelConfig) -> dict[str, Stored]:
         heads = _rotated_heads(name, config) if neighbours else None
         read = partial(_read, header.path, tensor, heads=heads)
         found[name] = Stored(tensor.name, header.path, tensor.shape, read)
-    return found
+    return Weights(header.path, GGUF_WEIGHTS, found)
 
 
 def write_gguf(model: Decoder, tokenizer: Tokenizer, out: Path, dtype: Type = "f32") -> None:
@@ -184,15 +185,24 @@ def _family(header: Header) -> Family:
     return next(family for family in FAMILIES if family.gguf == arch)
 
 
+@cache
+def _block(kind: int) -> tuple[int, int] | None:
+    """Numbers and bytes of a block of a number format, None where it is not known or cannot be dequantised."""
+    try:
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+        gguf.dequantize(np.zeros((1, size), np.uint8), gguf.GGMLQuantizationType(kind))
+    except (ValueError, KeyError, NotImplementedError):
+        return None
+    return block, size
+
+
 def _size(tensor: TensorPlace, where: Path) -> int:
     """Bytes of a tensor's data."""
-    try:
-        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.type)]
-    except (ValueError, KeyError):
-        raise DanluError(f"{tensor.name} is stored as type {tensor.type}, which is not known", where=where) from None
-    count = 1
-    for extent in tensor.shape:
-        count *= extent
+    known = _block(tensor.type)
+    if known is None:
+        raise DanluError(f"{tensor.name} is stored as type {tensor.type}, which is not known", where=where)
+    block, size = known
+    count = math.prod(tensor.shape)
     if not count or not tensor.shape or tensor.shape[-1] % block:
         raise DanluError(f"{tensor.name} of shape {list(tensor.shape)} does not fill blocks of {block}", where=where)
     return count // block * size

@@ -120,6 +120,7 @@ except DanluError as error:
 def test_digest_changes_with_what_is_read_and_nothing_else(hf: Path) -> None:
     before = Checkpoint.open(hf).digest
     (hf / "README.md").write_text("hello")
+    (hf / "trainer_state.json").write_text("{}")
     assert Checkpoint.open(hf).digest == before
     change_config(hf, rms_norm_eps=1e-3)
     assert Checkpoint.open(hf).digest != before
@@ -161,9 +162,11 @@ def test_wrong_weights_are_named_with_both_shapes(hf: Path) -> None:
     narrow = torch.zeros(64, 32)
     change_weights(hf, model__layers__1__self_attn__q_proj__weight=narrow)
     with pytest.raises(DanluError, match=r"layers\.1\.self_attn\.q_proj\.weight has shape \[64, 32\].*\[64, 64\]"):
-        Checkpoint.open(hf).load()
+        Checkpoint.open(hf)
     change_weights(hf, model__layers__1__self_attn__q_proj__weight=None)
-    with pytest.raises(DanluError, match=r"blocks\.1\.attention\.query\.weight is missing"):
+    with pytest.raises(
+        DanluError, match=r"hf: model\.layers\.1\.self_attn\.q_proj\.weight of shape \[64, 64\] is missing"
+    ):
         Checkpoint.open(hf).load()
 
 
@@ -207,7 +210,7 @@ def test_damaged_safetensors_give_one_clear_error(hf: Path) -> None:
     for name, content in broken.items():
         file.write_bytes(content)
         with pytest.raises(DanluError, match=r"model\.safetensors: is damaged or cut short"):
-            Checkpoint.open(hf).load()
+            Checkpoint.open(hf)
             pytest.fail(name)
 
 
@@ -283,6 +286,14 @@ def test_a_family_expresses_its_own_configurations(case: str, tmp_path: Path) ->
 
 def test_each_family_is_named_once() -> None:
     assert len({family.architecture for family in FAMILIES}) == len({family.model_type for family in FAMILIES}) == 4
+
+
+def test_ids_without_an_embedding_are_said(hf: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change_config(hf, vocab_size=250)
+    weights = load_file(hf / "model.safetensors")
+    fewer = {name.replace(".", "__"): weights[name][:250] for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    Checkpoint.open(change_weights(hf, **fewer))
+    assert "ids from 250 to 259, for which the model has no embedding" in capsys.readouterr().err
 
 
 # Memory and disk

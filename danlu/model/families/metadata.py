@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, replace
 from typing import Any
@@ -20,8 +19,9 @@ REQUIRED = {
     "feedforward_width": "feed_forward_length",
     "heads": "attention.head_count",
 }
-# A key of the model's own, for what GGUF holds only as a tensor of computed factors (rope_freqs).
-ROPE_SCALING = "danlu.rope_scaling"
+# A key of Danlu's own for Llama 3's scaling, of which GGUF holds only a tensor of computed factors (rope_freqs):
+# the factor, the original context, the low and the high frequency.
+LLAMA3_SCALING = "danlu.llama3_scaling"
 # Llama 3.1 to 3.3, the only published models with this scaling, differ in the factor alone.
 LLAMA3_CONTEXT = 8192
 
@@ -116,7 +116,8 @@ def write_metadata(config: ModelConfig) -> dict[str, Any]:
     }
     extra: dict[str, Any] = {}
     if scaling is not None and scaling.kind == "llama3":
-        extra[ROPE_SCALING] = json.dumps(asdict(scaling))
+        numbers = (scaling.factor, scaling.original_context, scaling.low_frequency, scaling.high_frequency)
+        extra[LLAMA3_SCALING] = [float(number) for number in numbers]
     elif scaling is not None:
         keys |= _write_scaling(scaling)
     return {"general.architecture": arch, **{f"{arch}.{key}": value for key, value in keys.items()}, **extra}
@@ -133,9 +134,9 @@ def _write_scaling(scaling: RopeScaling) -> dict[str, Any]:
 
 
 def _read_scaling(header: Header, arch: str) -> RopeScaling | None:
-    own = header.find(ROPE_SCALING, str)
-    if own is not None:
-        return _own_scaling(own, header)
+    own = header.find_all(LLAMA3_SCALING, float) or []
+    if len(own) == 4:
+        return RopeScaling("llama3", _short(own[0]), round(own[1]), _short(own[2]), _short(own[3]))
 
     def number(key: str) -> float | None:
         value = header.find(f"{arch}.rope.{key}", float)
@@ -160,13 +161,6 @@ def _read_scaling(header: Header, arch: str) -> RopeScaling | None:
     )
 
 
-def _own_scaling(text: str, header: Header) -> RopeScaling:
-    try:
-        return RopeScaling(**json.loads(text))
-    except (ValueError, TypeError):
-        raise DanluError(f"{ROPE_SCALING} is {text[:60]!r}, no rope scaling", where=header.path) from None
-
-
 def rope_factors(config: ModelConfig) -> list[float] | None:
     """What llama.cpp divides each frequency by for Llama 3's scaling, as the tensor rope_freqs.weight holds it."""
     if config.rope_scaling is None or config.rope_scaling.kind != "llama3":
@@ -179,13 +173,12 @@ def rope_factors(config: ModelConfig) -> list[float] | None:
 def _llama3_scaling(header: Header, factors: list[float], base: float, head_width: int) -> RopeScaling:
     """The numbers behind a table of factors: the slowest pair is divided by the whole factor."""
     scaling = RopeScaling(kind="llama3", factor=round(max(factors), 4), original_context=LLAMA3_CONTEXT)
-    shape = ModelConfig(1, head_width, 1, 1, 1, head_width, 1, 1, rope_base=base, rope_scaling=scaling)
-    expected = rope_factors(shape) or []
-    if len(expected) != len(factors) or any(
-        not math.isclose(mine, theirs, rel_tol=1e-3) for mine, theirs in zip(expected, factors, strict=True)
-    ):
-        raise DanluError("the rope factors (rope_freqs.weight) are not those of Llama 3", where=header.path)
-    return scaling
+    if 2 * len(factors) == head_width:
+        shape = ModelConfig(1, head_width, 1, 1, 1, head_width, 1, 1, rope_base=base, rope_scaling=scaling)
+        pairs = zip(rope_factors(shape) or [], factors, strict=True)
+        if all(math.isclose(mine, theirs, rel_tol=1e-3) for mine, theirs in pairs):
+            return scaling
+    raise DanluError("the rope factors (rope_freqs.weight) are not those of Llama 3", where=header.path)
 
 
 def _refuse_foreign(header: Header, arch: str) -> None:
