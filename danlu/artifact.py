@@ -7,7 +7,9 @@ all. Its name holds the hash of everything that went in; the same ingredients ar
 from __future__ import annotations
 
 import ast
+import ctypes
 import fcntl
+import gc
 import hashlib
 import json
 import os
@@ -17,7 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -309,11 +311,15 @@ def library_version(library: str) -> str | None:
 
 
 def _forget_peak_memory() -> None:
-    """Start the kernel's high-water mark of this process anew (Linux; see proc_pid_clear_refs(5))."""
-    try:
+    """Give back what an earlier stage no longer needs, and start the kernel's high-water mark of this process anew.
+
+    The C library keeps freed memory for later unless told otherwise: malloc_trim(3), proc_pid_clear_refs(5); Linux.
+    """
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    with suppress(OSError):  # elsewhere the mark is that of the whole process, which is an upper bound
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return  # then the mark is that of the whole process, which is still an upper bound
 
 
 def _peak_memory() -> int:

@@ -32,18 +32,13 @@ def check_packages(recipe: Recipe, stages: Sequence[str]) -> None:
 
 def check_weights(base: Checkpoint) -> None:
     """Raise DanluError naming the first weight that is missing or of another shape; only files' headers are read."""
-    import torch
-
     from danlu.gguf_header import read_header
     from danlu.model import directory, gguf, stored
-    from danlu.model.transformer import Decoder
 
     if base.path.is_dir():
-        weights = directory.stored_weights(base.path, base.config)
+        stored.check(base.config, directory.stored_weights(base.path, base.config))
     else:
-        weights = gguf.stored_weights(read_header(base.path), base.config)
-    with torch.device("meta"):
-        stored.check(Decoder(base.config), weights)
+        stored.check(base.config, gguf.stored_weights(read_header(base.path), base.config))
 
 
 def check_room(root: Path, config: ModelConfig, recipe: Recipe, stages: Sequence[str]) -> None:

@@ -19,7 +19,6 @@ from danlu.console import complain, result, say, table
 from danlu.errors import DanluError
 
 UNEXPECTED = 70  # exit code of a fault in Danlu itself (EX_SOFTWARE of sysexits.h)
-INTERRUPTED = 130  # as shells report SIGINT
 Stage = Literal["data", "tune", "evaluate", "compress", "certify", "report"]
 
 app = typer.Typer(
@@ -74,6 +73,13 @@ def _everywhere(
 
 # --- Errors: one message, an exit code, no traceback ----------------------------------------------------------------
 
+
+class Stopped(DanluError):
+    """The user pressed Ctrl-C."""
+
+    exit_code = 130  # as shells report SIGINT
+
+
 Arguments = ParamSpec("Arguments")
 
 
@@ -104,7 +110,7 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, DanluError):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return "stopped. Finished stages and checkpoints are kept; the same command goes on from there", INTERRUPTED
+        return "stopped", Stopped.exit_code
     if is_disk_full(error):
         where = getattr(error, "filename", None)
         fix = "free some space, then give the same command again: what is finished is kept"
@@ -150,7 +156,10 @@ def run(
     from danlu.pipeline import run_recipe
     from danlu.recipe import read_recipe
 
-    done = run_recipe(read_recipe(recipe, overrides or ()), out, until=until, wait=wait)
+    try:
+        done = run_recipe(read_recipe(recipe, overrides or ()), out, until=until, wait=wait)
+    except KeyboardInterrupt:
+        raise Stopped("stopped", fix="finished stages and checkpoints are kept; the same command goes on") from None
     if as_json:
         _print_json(done.summary())
     done.raise_if_missed()

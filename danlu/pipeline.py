@@ -180,6 +180,12 @@ class Run:
         if not shown.is_file() or hash_file(shown) != hash_file(made):
             write_aside(shown, made.read_text(encoding="utf-8"))
 
+    def mention_leftovers(self) -> None:
+        """Say what attempts with other settings, stopped before their end, still take on the disk."""
+        for draft in sorted(self.root.glob(".*.building")):
+            size = sum(file.stat().st_size for file in draft.rglob("*") if file.is_file())
+            say(f"{draft}: unfinished, of other settings, {size / 1e6:,.0f} MB; delete it if it is not wanted")
+
 
 def run_recipe(file: RecipeFile, out: Path | None = None, until: str = "report", wait: bool = True) -> Run:
     """Carry out a recipe up to a stage, and return the run; `raise_if_missed` on it says whether the target is met.
@@ -198,6 +204,7 @@ def run_recipe(file: RecipeFile, out: Path | None = None, until: str = "report",
             run.record()
         if "report" in run.made:
             run.put_report()
+            run.mention_leftovers()
     return run
 
 

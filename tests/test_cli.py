@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -214,15 +215,30 @@ def test_a_disk_that_fills_during_a_checkpoint(project: Project) -> None:
         assert weights(project.run) == weights(project.home / "whole")
 
 
-def fill_after_first_checkpoint(run: Path, filler: Path) -> None:
-    """What another user of the disk may do at any time."""
+def wait_for_checkpoint(run: Path) -> None:
     patience = time.monotonic() + 60
     while not list(run.glob(".tune-*/work/checkpoints/*.json")):
         assert time.monotonic() < patience
         time.sleep(0.01)
+
+
+def fill_after_first_checkpoint(run: Path, filler: Path) -> None:
+    """What another user of the disk may do at any time."""
+    wait_for_checkpoint(run)
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(2**20))
+
+
+def test_control_c_says_how_to_go_on(project: Project) -> None:
+    words = [sys.executable, "-m", "danlu", "run", "recipe.yaml", "--set", "tune.steps=2000", "--until", "tune"]
+    with subprocess.Popen(words, cwd=project.home, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_checkpoint(project.run)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said.endswith("danlu: stopped\n  finished stages and checkpoints are kept; the same command goes on\n")
+    assert "Traceback" not in said
 
 
 def weights(run: Path) -> bytes:
