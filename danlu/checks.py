@@ -12,7 +12,6 @@ from danlu.errors import DanluError, need_extra
 from danlu.recipe import Recipe, RecipeFile
 
 if TYPE_CHECKING:
-    from danlu.model.checkpoint import Checkpoint
     from danlu.model.config import ModelConfig
 
 FP32 = 4  # bytes
@@ -28,17 +27,6 @@ def check_packages(recipe: Recipe, stages: Sequence[str]) -> None:
     for is_needed, package, extra in needed:
         if is_needed and importlib.util.find_spec(package) is None:
             raise need_extra(package, extra)
-
-
-def check_weights(base: Checkpoint) -> None:
-    """Raise DanluError naming the first weight that is missing or of another shape; only files' headers are read."""
-    from danlu.gguf_header import read_header
-    from danlu.model import directory, gguf, stored
-
-    if base.path.is_dir():
-        stored.check(base.config, directory.stored_weights(base.path, base.config))
-    else:
-        stored.check(base.config, gguf.stored_weights(read_header(base.path), base.config))
 
 
 def check_room(root: Path, config: ModelConfig, recipe: Recipe, stages: Sequence[str]) -> None:

@@ -29,7 +29,7 @@ from danlu.artifact import (
     write_aside,
     write_json,
 )
-from danlu.checks import check_packages, check_room, check_target, check_weights
+from danlu.checks import check_packages, check_room, check_target
 from danlu.console import say
 from danlu.errors import DanluError
 from danlu.recipe import RecipeFile
@@ -135,7 +135,6 @@ class Run:
     def check(self, stages: Sequence[str]) -> None:
         """Raise DanluError for what would end these stages later: a missing library, no model, no room, no hope."""
         check_packages(self.file.recipe, stages)
-        check_weights(self.base)
         check_room(self.root, self.base.config, self.file.recipe, stages)
         if "compress" in stages or "certify" in stages:
             check_target(self.file, self.base.config)
