@@ -16,6 +16,9 @@ from danlu.gguf_header import Header
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types of the GGUF specification
 SPACE = "▁"  # SentencePiece's visible space
 
+# Tokens that end a turn of a conversation, by the names model makers give them; the list llama.cpp stops at.
+TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<EOT>")
+
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -62,6 +65,8 @@ def tokenizer_json(header: Header) -> dict[str, Any]:
     types = header.find_all("tokenizer.ggml.token_type", int) or [NORMAL] * len(tokens)
     if len(types) != len(tokens):
         raise DanluError(f"{len(tokens):,} tokens but {len(types):,} token types", where=header.path)
+    # Some files call these ordinary; llama.cpp takes them for control tokens all the same.
+    types = [CONTROL if token in TURN_ENDS else kind for token, kind in zip(tokens, types, strict=True)]
     if kind == "gpt2":
         parts = _byte_level(header, tokens, types)
     elif kind == "llama":
@@ -148,6 +153,8 @@ def _sentencepiece(header: Header, tokens: list[str], types: list[int]) -> dict[
     if prefix:
         decode.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     unknown = header.find("tokenizer.ggml.unknown_token_id", int) or 0
+    if unknown >= len(tokens):
+        raise DanluError(f"the unknown token is id {unknown:,} of only {len(tokens):,}", where=header.path)
     model = _bpe(vocab, _merges_by_score(tokens, types, scores))
     return {
         "normalizer": {

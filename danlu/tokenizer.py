@@ -16,8 +16,6 @@ from danlu.artifact import canonical, write_aside, write_json
 from danlu.errors import DanluError
 from danlu.gguf_header import Header, read_header
 
-# Tokens that end a turn of a conversation, by the names model makers give them; the list llama.cpp stops at.
-TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<EOT>")
 ROLES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")  # as in bos_token
 GGUF_ROLES = {
     "bos": "bos",
@@ -45,7 +43,7 @@ class Tokenizer:
         Args:
             document: the content of tokenizer.json.
             config: the content of tokenizer_config.json, chat template included.
-            stop_ids: ids at which generation ends, beyond what `config` and `TURN_ENDS` name.
+            stop_ids: ids at which generation ends, beyond what `config` and `gguf_vocabulary.TURN_ENDS` name.
             where: named in errors.
         """
         self._json = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
@@ -58,7 +56,9 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.pad_id = (
             vocab.get(self._special.get(f"{r}_token", "")) for r in ("bos", "eos", "pad")
         )
-        known = {token["id"] for token in document["added_tokens"] if token["content"] in TURN_ENDS} | stop_ids
+        known = {
+            token["id"] for token in document["added_tokens"] if token["content"] in gguf_vocabulary.TURN_ENDS
+        } | stop_ids
         self.stop_ids = frozenset(known if self.eos_id is None else known | {self.eos_id})
         self.adds_bos = self.bos_id is not None and _adds_bos(document, config, self._special["bos_token"])
         self.chat_template = _text_or_none(config.get("chat_template"))

@@ -149,6 +149,24 @@ def test_sentencepiece_ids_equal_llama_cpp_in_both_directions(sentencepiece: Pat
     assert written["ggml.add_space_prefix"] == ours.gguf_metadata(1000)["ggml.add_space_prefix"]
 
 
+def test_an_unknown_token_out_of_range_is_refused(sentencepiece: Path, tmp_path: Path) -> None:
+    metadata = Tokenizer.load(sentencepiece).gguf_metadata(1000) | {"ggml.unknown_token_id": 5000}
+    with pytest.raises(DanluError, match="unknown token is id 5,000 of only 1,000"):
+        Tokenizer.load(vocabulary_file(metadata, tmp_path / "v.gguf"))
+
+
+def test_an_end_of_turn_that_a_file_calls_ordinary_is_special_as_in_llama_cpp(
+    small: dict[str, Any], tmp_path: Path
+) -> None:
+    types = [1, 1, 1, *small["ggml.token_type"][3:]]
+    file = vocabulary_file({**small, "ggml.token_type": types}, tmp_path / "v.gguf")
+    ours, engine = Tokenizer.load(file), LlamaVocabulary(file)
+    text = "hi<|im_end|><|endoftext|>"
+    assert ours.encode(text) == engine.encode(text)
+    assert ours.encode(text)[-2:] == [2, 0]
+    assert ours.stop_ids == {0, 2}
+
+
 def test_ids_beyond_the_models_vocabulary_are_refused(sentencepiece: Path) -> None:
     with pytest.raises(DanluError, match="vocabulary ends at 500"):
         Tokenizer.load(sentencepiece).gguf_metadata(500)
