@@ -21,6 +21,7 @@ import numpy as np
 
 from danlu.console import warn
 from danlu.device.cores import usable_cores
+from danlu.device.hugepages import huge_pages
 from danlu.errors import DanluError, need_extra
 
 BATCH = 512  # tokens of one prefill step, llama.cpp's own default
@@ -107,11 +108,12 @@ class Engine:
         self._cached: list[int] = []  # the tokens whose keys and values are in the cache
         self._turn = 0  # the latest user of the cache; a generation that is not the latest must not go on in it
         try:
-            self._model = self._load()
+            with huge_pages():
+                self._model = self._load()
+                self.context = self._possible_context(context)
+                self._native = self._new_context(self.context, sequences=1, outputs=SCORED)
             self._vocab = self._api.llama_model_get_vocab(self._model)
             self.vocab_size = int(self._api.llama_vocab_n_tokens(self._vocab))
-            self.context = self._possible_context(context)
-            self._native = self._new_context(self.context, sequences=1, outputs=SCORED)
             self._memory = self._api.llama_get_memory(self._native)
             if not self._memory or not self.vocab_size:
                 raise DanluError("this GGUF is no generating language model", where=path)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from danlu.artifact import figure
-from danlu.console import warn
+from danlu.console import say, warn
 from danlu.data.example import Example
 from danlu.data.stream import Rows
 from danlu.device.engine import Engine, common_prefix
@@ -26,7 +26,7 @@ from danlu.model.gguf import write_gguf
 from danlu.model.transformer import Decoder
 from danlu.tokenizer import Tokenizer
 
-TEXT = 400  # characters of a plain text that serve as a prompt
+TEXT = 100  # characters of a plain text that serve as a prompt
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,10 @@ def draw_prompts(data: Path, tokenizer: Tokenizer, count: int, longest: int, see
     with (data / "heldout.jsonl").open(encoding="utf-8") as lines:
         texts = [Example.read(line).text[:TEXT] for line in islice(lines, count)]
     prompts = [Prompt([], text, tokenizer.encode(text, special=False)) for text in texts]
-    return [prompt for prompt in prompts if 0 < len(prompt.ids) <= longest]
+    fitting = [prompt for prompt in prompts if len(prompt.ids) <= longest]
+    if len(fitting) < len(prompts):
+        say(f"{len(prompts) - len(fitting)} held-out texts begin with more than {longest} tokens and are not compared")
+    return fitting
 
 
 def compare_ids(prompts: Sequence[Prompt], served: Path, threads: int | None) -> list[str]:
