@@ -250,11 +250,12 @@ def weights(run: Path) -> bytes:
 
 
 def test_help_is_quick_and_every_command_has_an_example(project: Project) -> None:
-    project.danlu("--help")  # the first start may compile
-    started = time.monotonic()
-    ended = project.danlu("--help")
-    assert time.monotonic() - started < 1.0  # 0.25 s on an idle machine
-    assert ended.returncode == 0
+    seconds = []
+    for _ in range(3):
+        started = time.monotonic()
+        assert project.danlu("--help").returncode == 0
+        seconds.append(time.monotonic() - started)
+    assert min(seconds) < 1.0  # 0.25 s where nothing else runs
     commands = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
     assert {"run", "show", "chat", "serve", "recipe", "doctor", "export"} == set(commands)
     for command in app.registered_commands:

@@ -106,7 +106,7 @@ def assert_same(home: Path) -> None:
 def test_a_killed_run_ends_with_the_same_bits(project: Project, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     FORKED.set_forkserver_preload(LOADED)
-    words = ("--set", f"tune.method={method}", "--set", "tune.dropout=0.1")
+    words = ("--set", f"tune.method={method}", "--set", "tune.dropout=0.1", "--set", "tune.steps=8")
     Attempt(FORKED, project.home, "first", *words).finish()  # starts the server, so that the next one is timed fairly
     survive(FORKED, project.home, KILLS // 2, *words)
 
