@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from danlu.settings import Settings, Share
 
@@ -28,6 +28,7 @@ class Source(Settings):
     )
     split: Side | None = Field(None, description="put all rows of this source on one side: train or heldout")
     limit: int | None = Field(None, gt=0, description="read only the first rows, at most this many")
+    _home: Path | None = PrivateAttr(None)
 
     @model_validator(mode="before")
     @classmethod
@@ -61,7 +62,14 @@ class Source(Settings):
         """The same source with a relative file path starting at `folder`, say the recipe's own."""
         if self.is_hub or self.is_python_docs:
             return self
-        return self.model_copy(update={"path": str(folder / Path(self.path).expanduser())})
+        located = self.model_copy(update={"path": str(folder / Path(self.path).expanduser())})
+        located._home = folder
+        return located
+
+    def name_of(self, file: Path) -> str:
+        """How a file is named in records: from the folder that paths start at, where it lies in there."""
+        inside = self._home is not None and file.is_relative_to(self._home)
+        return str(file.relative_to(self._home)) if inside and self._home is not None else str(file)
 
 
 class DataSettings(Settings):

@@ -94,13 +94,15 @@ def find_files(source: Source, tell: bool = False) -> list[File]:
         return [File(path, name) for path, name in hub.fetch(source.path)]
     path = Path(source.path).expanduser()
     if path.is_dir():
-        return _known_files(path, [file for file in path.rglob("*") if not _hidden(file.relative_to(path))], tell)
+        return _known_files(
+            source, path, [file for file in path.rglob("*") if not _hidden(file.relative_to(path))], tell
+        )
     if path.is_file():
         _reader(path)
-        return [File(path, str(path))]
+        return [File(path, source.name_of(path))]
     if any(sign in source.path for sign in "*?["):
         found = glob.glob(str(path), recursive=True)  # noqa: PTH207  # pathlib's would find hidden files too
-        return _known_files(path, list(map(Path, found)), tell)
+        return _known_files(source, path, list(map(Path, found)), tell)
     raise DanluError("there is no such file", where=path, fix=_nearby(path))
 
 
@@ -111,10 +113,10 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _known_files(place: Path, found: list[Path], tell: bool) -> list[File]:
+def _known_files(source: Source, place: Path, found: list[Path], tell: bool) -> list[File]:
     """The ones of a known kind among files found in a directory or by a glob."""
     files = sorted(file for file in found if file.is_file())
-    known = [File(file, str(file)) for file in files if _suffix(file) in READERS]
+    known = [File(file, source.name_of(file)) for file in files if _suffix(file) in READERS]
     others = Counter(_suffix(file) or file.name for file in files if _suffix(file) not in READERS)
     kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items())[:10])
     if not known:

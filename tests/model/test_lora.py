@@ -38,7 +38,7 @@ def test_starts_as_its_base_and_merges_exactly(tiny_model):
     assert not torch.allclose(before, plain(tokens), atol=1e-3)
     merge_lora(model)
     assert not list(adapters(model))
-    torch.testing.assert_close(model(tokens), before, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(model(tokens), before, atol=5e-6, rtol=1e-5)
 
 
 def test_only_adapters_learn_and_the_seed_decides_their_start(tiny_model):
