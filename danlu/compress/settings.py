@@ -30,12 +30,12 @@ class CompressSettings(Settings):
     threads: int | None = Field(
         None, gt=0, description="computing threads; by default every physical core this process may use"
     )
-    prompt_tokens: int = Field(256, gt=0, description="tokens of the prompt whose reading is timed")
+    prompt_tokens: int = Field(128, gt=0, description="tokens of the prompt whose reading is timed")
     decode_tokens: int = Field(48, gt=0, description="tokens decoded after it, timed too")
     repeats: int = Field(3, gt=0, description="timed repeats, of which the median counts")
     heldout_tokens: int = Field(
-        2048,
+        3072,
         gt=0,
-        description="held-out tokens each candidate is scored on, whole documents spread evenly over the set",
+        description="held-out tokens each candidate is scored on, whole rows drawn once for all",
     )
     resamples: int = Field(1000, ge=100, description="bootstrap resamples behind each interval")

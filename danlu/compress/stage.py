@@ -11,17 +11,14 @@ from danlu.compress.possible import check_target
 from danlu.compress.quantize import Stored, quantize
 from danlu.compress.settings import CompressSettings
 from danlu.console import progress, say, warn
-from danlu.data.stream import Rows
-from danlu.device.documents import heldout_documents, sample_text
+from danlu.device.documents import SEED, Drawn, draw_heldout
 from danlu.device.measure import Measurement, Request, measure
 from danlu.device.settings import Target
 from danlu.device.verdict import Line, amount, judge, worst_miss
 from danlu.evaluate.bootstrap import Change, interval, paired_change
-from danlu.evaluate.heldout import choose_rows
 from danlu.model.checkpoint import Checkpoint
 from danlu.model.gguf import write_gguf
 
-SEED = 0  # which held-out rows are drawn, and the resampling: the same for every candidate
 MODEL, CANDIDATES = "model.gguf", "candidates.json"
 
 
@@ -72,24 +69,18 @@ def compress(settings: CompressSettings, target: Target, tuned: Checkpoint, data
     check_target(settings, target, tuned.config)
     work = out / WORK
     work.mkdir(exist_ok=True)
-    rows = Rows.open(data / "heldout")
-    chosen = choose_rows(rows, settings.heldout_tokens, SEED)
-    documents = heldout_documents(rows, chosen)
-    counts = [document.count for document in documents]
+    drawn = draw_heldout(data, tuned.tokenizer, settings.heldout_tokens)
     source = work / "f32.gguf"
     write_gguf(tuned.load(), tuned.tokenizer, source, "f32")
-    say(
-        f"compress: {len(settings.types)} types on {len(documents)} held-out documents "
-        f"({len(chosen)} of {len(rows)} rows, drawn once)"
-    )
+    say(f"compress: {len(settings.types)} types on {drawn.words}")
     request = Request(
         model=str(source),
         context=min(settings.context, tuned.config.context),
         threads=settings.threads,
-        prompt=sample_text(documents, settings.prompt_tokens),
+        prompt=drawn.sample(settings.prompt_tokens),
         decode_tokens=settings.decode_tokens,
         repeats=0,
-        documents=documents,
+        documents=drawn.documents,
         exact=True,
     )
     reference = measure(request)
@@ -99,15 +90,15 @@ def compress(settings: CompressSettings, target: Target, tuned: Checkpoint, data
             file = work / f"{file_type}.gguf"
             stored = quantize(source, file_type, file, settings.threads)
             measured = measure(replace(request, model=str(file), repeats=settings.repeats, exact=False))
-            candidates.append(_candidate(file_type, stored, measured, reference, counts, target, settings.resamples))
+            candidates.append(_candidate(file_type, stored, measured, reference, drawn, target, settings.resamples))
             _keep_only(choose(candidates, settings.prefer), candidates, work)
             tick.advance(1, _in_words(candidates[-1]))
     best = choose(candidates, settings.prefer)
     if not best.meets:
         warn(f"no candidate meets the target; the nearest, {best.type}, is kept. {best.missed}")
     (work / f"{best.type}.gguf").replace(out / MODEL)
-    write_json(out / CANDIDATES, [_record(each, best, settings, counts) for each in candidates])
-    return _figures(best, candidates, reference)
+    write_json(out / CANDIDATES, [_record(each, best, settings, drawn) for each in candidates])
+    return _figures(best, candidates, reference, drawn)
 
 
 def choose(candidates: list[Candidate], prefer: Literal["smallest", "fastest"]) -> Candidate:
@@ -125,11 +116,12 @@ def _candidate(
     stored: Stored,
     measured: Measurement,
     reference: Measurement,
-    counts: list[int],
+    drawn: Drawn,
     target: Target,
     samples: int,
 ) -> Candidate:
-    change = paired_change(reference.losses, measured.losses, counts, SEED, samples)
+    before, after, counts = drawn.pooled(reference.losses, measured.losses, drawn.counts)
+    change = paired_change(before, after, counts, SEED, samples)
     lines = judge(
         target,
         file_size=figure(measured.file_bytes, "byte"),
@@ -166,15 +158,16 @@ def _why(candidate: Candidate, best: Candidate, prefer: str) -> str:
     return f"{reason}. {candidate.stored.words}" if candidate.stored.words else reason
 
 
-def _record(candidate: Candidate, best: Candidate, settings: CompressSettings, counts: list[int]) -> dict[str, Any]:
+def _record(candidate: Candidate, best: Candidate, settings: CompressSettings, drawn: Drawn) -> dict[str, Any]:
     """A row of candidates.json."""
-    measured, by = candidate.measured, f"{len(counts)} held-out documents, {sum(counts):,} tokens, against F32"
-    loss = interval(measured.losses, counts, SEED, settings.resamples)
+    measured, by = candidate.measured, f"paired with F32; {drawn.words}"
+    losses, counts = drawn.pooled(measured.losses, drawn.counts)
+    loss = interval(losses, counts, SEED, settings.resamples)
     row = {
         "type": candidate.type,
         "bytes": measured.file_bytes,
-        "loss": loss.figure("nat/token", by),
-        "loss_change": candidate.change.absolute.figure("nat/token", f"paired; {by}"),
+        "loss": loss.figure("nat/token", drawn.words),
+        "loss_change": candidate.change.absolute.figure("nat/token", by),
         "decode_tokens_per_second": measured.decode_figure(),
         "prefill_tokens_per_second": measured.prefill_figure(),
         "peak_memory": figure(measured.peak_memory, "byte"),
@@ -184,11 +177,11 @@ def _record(candidate: Candidate, best: Candidate, settings: CompressSettings, c
         "why": _why(candidate, best, settings.prefer),
     }
     if candidate.change.relative is not None:
-        row["loss_rise"] = candidate.change.relative.figure("share", f"paired; {by}")
+        row["loss_rise"] = candidate.change.relative.figure("share", by)
     return row
 
 
-def _figures(best: Candidate, candidates: list[Candidate], reference: Measurement) -> Figures:
+def _figures(best: Candidate, candidates: list[Candidate], reference: Measurement, drawn: Drawn) -> Figures:
     rise = best.change.relative or best.change.absolute
     return {
         "type": best.type,
@@ -200,5 +193,5 @@ def _figures(best: Candidate, candidates: list[Candidate], reference: Measuremen
         "peak_memory": figure(best.measured.peak_memory, "byte"),
         "decode": best.measured.decode_figure(),
         "prefill": best.measured.prefill_figure(),
-        "heldout_loss_rise": rise.figure("share", f"against F32, {len(reference.losses)} held-out documents"),
+        "heldout_loss_rise": rise.figure("share", f"paired with F32; {drawn.words}"),
     }

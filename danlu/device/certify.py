@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import ArrayLike
+
 from danlu.artifact import WORK, Figures, figure, library_version, write_json
 from danlu.console import say
-from danlu.data.stream import Rows
 from danlu.device.bandwidth import read_bandwidth
-from danlu.device.documents import heldout_documents, sample_text
+from danlu.device.documents import SEED, Drawn, draw_heldout
 from danlu.device.measure import Measurement, Request, measure
 from danlu.device.parity import Parity, prove
 from danlu.device.probe import instructions, processor
@@ -19,12 +20,11 @@ from danlu.device.settings import CertifySettings, Target
 from danlu.device.verdict import Line, amount, judge
 from danlu.errors import TargetMissed
 from danlu.evaluate.bootstrap import interval, paired_change
-from danlu.evaluate.heldout import Heldout, choose_rows, score
+from danlu.evaluate.heldout import Heldout, score
 from danlu.gguf_header import read_header
 from danlu.model.checkpoint import Checkpoint
 from danlu.model.config import ModelConfig
 
-SEED = 0  # which held-out rows and prompts are drawn, and the resampling: the same for every model
 CERTIFICATE = "certificate.json"
 
 
@@ -45,26 +45,24 @@ def certify(
 
     Raises DanluError where the model cannot be loaded or nothing was held out.
     """
-    rows = Rows.open(data / "heldout")
-    chosen = choose_rows(rows, settings.heldout_tokens, SEED)
-    documents = heldout_documents(rows, chosen)
-    say(f"certify: {model_gguf.name} on {len(documents)} held-out documents, in a process of its own")
+    drawn = draw_heldout(data, tuned.tokenizer, settings.heldout_tokens)
+    say(f"certify: {model_gguf.name}, in a process of its own, on {drawn.words}")
     measured = measure(
         Request(
             model=str(model_gguf),
             context=min(settings.context, tuned.config.context),
             threads=settings.threads,
-            prompt=sample_text(documents, settings.prompt_tokens),
+            prompt=drawn.sample(settings.prompt_tokens),
             decode_tokens=settings.decode_tokens,
             repeats=settings.repeats,
-            documents=documents,
+            documents=drawn.documents,
         )
     )
     bandwidth = read_bandwidth(measured.threads)
     model = tuned.load()
-    reference = score(model, rows, chosen, "held-out, the tuned model in fp32")
+    reference = score(model, drawn.rows, drawn.chosen, "held-out, the tuned model in fp32")
     figures = _size_and_speed(measured, _bytes_per_token(model_gguf, tuned.config, measured), bandwidth)
-    figures |= _quality(measured, reference, settings.resamples)
+    figures |= _quality(measured, reference, drawn, settings.resamples)
     lines = _lines(target, figures)
     parity = None
     if settings.parity_prompts:
@@ -145,17 +143,23 @@ def _embedding_bytes(path: Path) -> int:
     return min(later, default=header.size) - embedding.offset
 
 
-def _quality(measured: Measurement, reference: Heldout, samples: int) -> Figures:
-    by = f"{len(reference.counts)} held-out documents, {int(reference.counts.sum()):,} tokens"
-    change = paired_change(reference.losses, measured.losses, reference.counts, SEED, samples)
-    relative = change.relative or change.absolute
+def _quality(measured: Measurement, reference: Heldout, drawn: Drawn, samples: int) -> Figures:
+    counts, losses, fp32, correct, fp32_correct = drawn.pooled(
+        reference.counts, measured.losses, reference.losses, measured.correct, reference.correct
+    )
+    change = paired_change(fp32, losses, counts, SEED, samples)
+    rise = change.relative or change.absolute
+
+    def mean(sums: ArrayLike, unit: str) -> dict[str, Any]:
+        return interval(sums, counts, SEED, samples).figure(unit, drawn.words)
+
     return {
-        "heldout_loss": interval(measured.losses, reference.counts, SEED, samples).figure("nat/token", by),
-        "heldout_loss_fp32": interval(reference.losses, reference.counts, SEED, samples).figure("nat/token", by),
-        "heldout_loss_change": change.absolute.figure("nat/token", f"paired; {by}"),
-        "heldout_loss_rise": relative.figure("share", f"paired; {by}"),
-        "token_accuracy": interval(measured.correct, reference.counts, SEED, samples).figure("share", by),
-        "token_accuracy_fp32": interval(reference.correct, reference.counts, SEED, samples).figure("share", by),
+        "heldout_loss": mean(losses, "nat/token"),
+        "heldout_loss_fp32": mean(fp32, "nat/token"),
+        "heldout_loss_change": change.absolute.figure("nat/token", f"paired; {drawn.words}"),
+        "heldout_loss_rise": rise.figure("share", f"paired; {drawn.words}"),
+        "token_accuracy": mean(correct, "share"),
+        "token_accuracy_fp32": mean(fp32_correct, "share"),
     }
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from danlu.data.stream import Rows
 from danlu.device.certify import certify, missed
-from danlu.device.documents import heldout_documents, sample_text
+from danlu.device.documents import draw_heldout
 from danlu.device.engine import Engine
 from danlu.device.parity import Prompt, _difference, compare_answers, compare_ids, count_trained, draw_prompts, prove
 from danlu.device.settings import CertifySettings, Target
@@ -75,18 +75,17 @@ def test_a_missed_target_leaves_a_whole_certificate(
 
 
 def test_documents_are_those_our_model_is_scored_on(stages: dict[str, Path], tuned: Checkpoint, tmp_path: Path) -> None:
-    rows = Rows.open(stages["data"] / "heldout")
-    chosen = np.arange(min(3, len(rows)))
-    documents = heldout_documents(rows, chosen)
+    drawn = draw_heldout(stages["data"], tuned.tokenizer, 200)
     model = tuned.load()
-    reference = score(model, rows, chosen)
-    assert [document.count for document in documents] == reference.counts.tolist()
+    reference = score(model, drawn.rows, drawn.chosen)
+    assert drawn.counts.tolist() == reference.counts.tolist()
+    assert len(drawn.groups) == len(drawn.documents) == len(set(drawn.groups)), "rows of a file are their own groups"
     export = tmp_path / "f32.gguf"
     write_gguf(model, tuned.tokenizer, export)
     with Engine(export, context=64, threads=1, exact=True) as engine:
-        sums = [engine.token_losses(each.tokens, each.targets)[0].sum() for each in documents]
+        sums = [engine.token_losses(each.tokens, each.targets)[0].sum() for each in drawn.documents]
     np.testing.assert_allclose(sums, reference.losses, rtol=1e-4)
-    assert len(sample_text(documents, 5000)) == 5000
+    assert len(drawn.sample(5000)) == 5000
 
 
 @pytest.fixture
