@@ -19,7 +19,11 @@ MAPS = Path("/proc/self/maps")
 
 @contextmanager
 def huge_pages() -> Iterator[None]:
-    """Move the large buffers allocated inside onto large pages; where the system has none to give, nothing happens."""
+    """Move the large buffers allocated inside onto large pages; where the system has none to give, nothing happens.
+
+    Found is what was mapped anew. A buffer that malloc puts where something else was freed before is not found, so
+    this is for processes that load a model first, as those that serve and measure do.
+    """
     if not sys.platform.startswith("linux"):
         yield
         return
