@@ -28,6 +28,9 @@ BATCH = 512  # tokens of one prefill step, llama.cpp's own default
 SCORED = 64  # positions of one step whose logits are kept: 12.6 MB for a vocabulary of 49,152
 IGNORED = -100  # a target that is not scored
 WARNING, ERROR = 3, 4  # enum ggml_log_level
+RANDOM_SEED = 0xFFFFFFFF  # llama.cpp takes this one as the wish for a random one
+
+CLOSED = "the engine is closed"
 
 _said: deque[str] = deque(maxlen=400)  # llama.cpp's warnings and errors; it has one log for the whole process
 
@@ -228,7 +231,7 @@ class Engine:
             api.llama_sampler_chain_add(chain, api.llama_sampler_init_top_k(sampling.top_k))
             api.llama_sampler_chain_add(chain, api.llama_sampler_init_top_p(sampling.top_p, 1))
             api.llama_sampler_chain_add(chain, api.llama_sampler_init_min_p(sampling.min_p, 1))
-            api.llama_sampler_chain_add(chain, api.llama_sampler_init_dist(sampling.seed & 0xFFFFFFFF))
+            api.llama_sampler_chain_add(chain, api.llama_sampler_init_dist(sampling.seed % RANDOM_SEED))
         try:
             yield chain
         finally:
@@ -313,9 +316,12 @@ class Engine:
 
         What the document shares with the tokens already in the cache, say a system prompt, is not computed again.
         """
-        assert self._batch is not None
+        if self._batch is None:
+            raise RuntimeError(CLOSED)
         if ids.size > self.context:
             raise DanluError(f"the document has {ids.size:,} tokens, the context {self.context:,}", where=self.path)
+        if not wanted.any():
+            return
         first = int(wanted.argmax())  # its logits are needed, so it is computed in any case
         kept = self._cut(min(common_prefix(self._cached, ids), first))
         self._turn += 1
@@ -374,6 +380,8 @@ class Engine:
         return native
 
     def _check_room(self, prompt: int, answer: int) -> None:
+        if self._native is None:
+            raise RuntimeError(CLOSED)
         if not prompt:
             raise DanluError("the prompt is empty", where=self.path)
         if prompt + answer > self.context:
@@ -461,7 +469,7 @@ class _Batch:
 
 def steps(wanted: np.ndarray, start: int = 0) -> Iterator[tuple[int, int]]:
     """Cut a document, to its last wanted position, into steps of at most BATCH tokens and SCORED wanted ones."""
-    end = int(np.flatnonzero(wanted)[-1]) + 1 if wanted.any() else 0
+    end = int(np.flatnonzero(wanted)[-1]) + 1 if wanted.any() else start
     while start < end:
         counts = np.cumsum(wanted[start : min(start + BATCH, end)])
         stop = start + int(np.searchsorted(counts, SCORED, side="right"))

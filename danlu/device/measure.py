@@ -108,7 +108,7 @@ def measure(request: Request) -> Measurement:
     Raises DanluError with that process's own words where it fails, or says how it died.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "danlu.device.measure"],
+        [sys.executable, "-P", "-m", "danlu.device.measure"],
         input=json.dumps(asdict(request)),
         capture_output=True,
         text=True,

@@ -124,7 +124,7 @@ def try_import(packages: tuple[str, ...]) -> str:
     """Why these packages cannot be imported, or "" where they can; a crash ends another process, not this one."""
     try:
         done = subprocess.run(
-            [sys.executable, "-c", f"import {', '.join(packages)}"],
+            [sys.executable, "-P", "-c", f"import {', '.join(packages)}"],
             capture_output=True,
             text=True,
             timeout=PATIENCE,

@@ -89,6 +89,8 @@ def test_the_same_seed_draws_the_same(engine: Engine, question: list[int]) -> No
     options = {"temperature": 1.5, "top_p": 0.98, "min_p": 0.01}
     first, again, other = (answer(engine, question, 16, seed=seed, **options) for seed in (3, 3, 4))
     assert first == again != other
+    largest = [answer(engine, question, 16, seed=2**32 - 1, **options) for _ in range(2)]
+    assert largest[0] == largest[1], "llama.cpp itself takes that seed as the wish for a random one"
     assert answer(engine, question, 8, temperature=1.5, top_k=1) == answer(engine, question, 8)
 
 
@@ -173,6 +175,7 @@ def test_a_shared_beginning_does_not_change_the_losses(exact_engine: Engine) -> 
 def test_nothing_wanted_costs_nothing(engine: Engine) -> None:
     loss, correct = engine.token_losses([5, 6, 7], [IGNORED] * 3)
     assert not loss.any() and not correct.any()
+    assert [made.shape for made in engine.token_losses([], [])] == [(0,), (0,)]
 
 
 def test_scoring_refuses_what_is_wrong(engine: Engine) -> None:
@@ -243,6 +246,21 @@ def test_a_missing_file_is_said(tmp_path: Path) -> None:
     for place in (tmp_path / "absent.gguf", tmp_path):
         with pytest.raises(DanluError, match="no such file"):
             Engine(place)
+
+
+def test_a_closed_engine_says_so(smollm2: Path) -> None:
+    engine = Engine(smollm2, context=64, threads=1)
+    under_way = engine.generate([5, 6], max_new_tokens=4)
+    next(under_way)
+    engine.close()
+    engine.close()
+    for use in (
+        lambda: next(under_way),
+        lambda: engine.generate([5], max_new_tokens=1),
+        lambda: engine.token_losses([5], [6]),
+    ):
+        with pytest.raises(RuntimeError, match=r"closed|used"):
+            use()
 
 
 def test_llama_cpp_does_not_talk(smollm2: Path, capfd: pytest.CaptureFixture[str]) -> None:
