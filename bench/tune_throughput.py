@@ -53,7 +53,7 @@ def danlu_step(method: str) -> Callable[[], float]:
 
     from danlu.data.stream import Batch
     from danlu.model.checkpoint import Checkpoint
-    from danlu.train.compiling import compile_pointwise
+    from danlu.train.compiling import compile_blocks
     from danlu.train.objective import next_token
     from danlu.train.optimizer import MasterAdamW, masters_of
     from danlu.train.settings import TuneSettings
@@ -62,7 +62,7 @@ def danlu_step(method: str) -> Callable[[], float]:
     settings = TuneSettings(method=method, rank=16, learning_rate=1e-5)
     model = prepare(settings, Checkpoint.open(BASE), torch.bfloat16, seed=0)
     optimizer = MasterAdamW(*masters_of(model, torch.bfloat16), settings)
-    objective = next_token(compile_pointwise(model))
+    objective = next_token(compile_blocks(model))
     tokens = text_rows()
     targets = torch.cat([tokens[:, 1:], torch.full((ROWS, 1), -100)], dim=1)
     batch = Batch(tokens, targets, torch.ones(ROWS, LENGTH).int(), torch.arange(LENGTH).expand(ROWS, -1))

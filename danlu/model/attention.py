@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from danlu.model.config import ModelConfig
 from danlu.model.norm import RMSNorm
-from danlu.model.position import Rotate, frequencies, rotation
+from danlu.model.position import frequencies, rotate, rotation
 from danlu.model.tiled_attention import make_tiles, tiled_attention
 
 
@@ -116,7 +116,6 @@ class Attention(nn.Module):
         self.key = nn.Linear(config.width, shared, bias=config.attention_bias)
         self.value = nn.Linear(config.width, shared, bias=config.attention_bias)
         self.output = nn.Linear(inner, config.width, bias=config.output_bias)
-        self.rotate = Rotate()
         self.query_norm = RMSNorm(config.head_width, config.norm_epsilon) if config.qk_norm else None
         self.key_norm = RMSNorm(config.head_width, config.norm_epsilon) if config.qk_norm else None
 
@@ -127,7 +126,8 @@ class Attention(nn.Module):
         value = self.value(x).view(batch, length, self.kv_heads, self.head_width)
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        query, key = self.rotate(query, key, see.cos, see.sin)
+        scale = self.head_width**-0.5  # of the scores; put into the queries' rotation, where it costs nothing
+        query, key = rotate(query, see.cos * scale, see.sin * scale), rotate(key, see.cos, see.sin)
         if cache is not None:
             key, value = cache.put(see.positions, key, value)
         return self.output(self._mix(query, key, value, see).reshape(batch, length, -1))

@@ -18,17 +18,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Gated(nn.Module):
-    """activation(gate) * value, one pass over memory where it is compiled: two [..., inner] -> [..., inner]."""
-
-    def __init__(self, activation: str) -> None:
-        super().__init__()
-        self.activation = ACTIVATIONS[activation]
-
-    def forward(self, gate: Tensor, value: Tensor) -> Tensor:
-        return self.activation(gate) * value
-
-
 class FeedForward(nn.Module):
     """down(activation(gate(x)) * up(x)): [B, T, width] -> [B, T, width]."""
 
@@ -38,7 +27,7 @@ class FeedForward(nn.Module):
         self.gate = nn.Linear(width, inner, bias=bias)
         self.up = nn.Linear(width, inner, bias=bias)
         self.down = nn.Linear(inner, width, bias=bias)
-        self.gated = Gated(config.activation)
+        self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.gated(self.gate(x), self.up(x)))
+        return self.down(self.activation(self.gate(x)) * self.up(x))

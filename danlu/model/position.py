@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from danlu.model.config import ModelConfig, RopeScaling
 
@@ -54,17 +54,7 @@ def rotation(positions: Tensor, frequency: Tensor, scale: float) -> tuple[Tensor
     return (angles.cos() * scale).unsqueeze(-2), (angles.sin() * scale).unsqueeze(-2)
 
 
-class Rotate(nn.Module):
-    """Turn queries and keys, [B, T, heads, head_width] each, and scale the queries for their products with keys.
-
-    Feature j is paired with j + head_width / 2, as Hugging Face stores weights. Computed in fp32 and rounded once.
-    """
-
-    def forward(self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        scale = query.shape[-1] ** -0.5
-        return _turn(query, cos * scale, sin * scale), _turn(key, cos, sin)
-
-
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn [B, T, heads, head_width]; feature j is paired with j + head_width / 2, as Hugging Face stores weights."""
     left, right = x.float().chunk(2, dim=-1)
     return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1).to(x.dtype)

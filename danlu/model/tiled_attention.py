@@ -51,8 +51,9 @@ def _runs(numbers: np.ndarray) -> list[tuple[int, int]]:
 def tiled_attention(query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, window: int) -> Tensor:
     """Attention of [B, T, heads, head_width] queries over [B, T, kv_heads, head_width] keys and values.
 
-    Queries come scaled, so a score is a plain product with a key. `tiles` come from `make_tiles` with the same window (0 for none). Returns [B, T, heads, head_width]; places in
-    no tile are zero. An opaque operator, so that torch.compile neither unrolls the tiles nor recompiles for them.
+    Queries come scaled, so a score is a plain product with a key. `tiles` come from `make_tiles` with the same window
+    (0 for none). Returns [B, T, heads, head_width]; places in no tile are zero. An opaque operator, so that
+    torch.compile neither unrolls the tiles nor recompiles for them.
     """
     grouped, keys, values = _by_head(query, key.shape[2]), _by_head(key, None), _by_head(value, None)
     mixed = torch.zeros_like(grouped)

@@ -1,4 +1,4 @@
-"""Compiling what lies between the matrix products, where it pays for itself within the run."""
+"""Compiling a model block by block, where it pays for itself within the run."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ import shutil
 import torch
 
 from danlu.model.config import ModelConfig
-from danlu.model.feedforward import Gated
 from danlu.model.loss import Finish, softmax_gradient
-from danlu.model.norm import RMSNorm
-from danlu.model.position import Rotate
 from danlu.model.transformer import Decoder
 from danlu.train.precision import gemm_rate
 
 # Measured by bench/tune_throughput.py; see docs/lab-notebook.md.
-COST = 20.0  # seconds the first compiled step takes longer, on two cores with an empty cache
-GAIN = 0.11  # share of an uncompiled step's time that compiling saves
+COST = 25.0  # seconds the first compiled step takes longer, on two cores with an empty cache
+GAIN = 0.12  # share of an uncompiled step's time that compiling saves
 EFFICIENCY = 0.6  # an uncompiled step's share of the matrix-product rate
 
 
@@ -54,13 +51,9 @@ def parameters(config: ModelConfig) -> int:
     return config.layers * block + config.vocab_size * config.width
 
 
-def compile_pointwise(model: Decoder) -> Finish:
-    """Compile what lies between the matrix products, in place, and return the compiled end of the loss.
-
-    The products themselves gain nothing from the compiler on a CPU. One program of each kind serves all layers, so
-    this takes a third of the time that compiling a whole block does, for the same speed.
-    """
-    for module in model.modules():
-        if isinstance(module, RMSNorm | Rotate | Gated):
-            module.compile(dynamic=False)
+def compile_blocks(model: Decoder) -> Finish:
+    """Compile each block in place (one program serves all) and return the compiled end of the loss."""
+    for block in model.blocks:
+        block.compile(dynamic=False)
+    model.norm.compile(dynamic=False)
     return torch.compile(softmax_gradient, dynamic=True)

@@ -41,8 +41,7 @@ class TuneSettings(Settings):
         "auto", description="of the computation; master weights are fp32; auto takes bf16 where it measures faster"
     )
     compile: Literal["auto", "on", "off"] = Field(
-        "auto",
-        description="compile what lies between matrix products; auto does where the run is long enough to win back the time",
+        "auto", description="compile each block; auto does where the run is long enough to win back the time it takes"
     )
     checkpoint_steps: int = Field(10, gt=0, description="steps between checkpoints to resume from")
     keep_checkpoints: int = Field(2, gt=0, description="how many of the last checkpoints are kept while tuning")

@@ -22,7 +22,7 @@ from danlu.model.lora import adapters, add_lora, merge_lora
 from danlu.model.loss import softmax_gradient
 from danlu.model.peft import save_adapter
 from danlu.model.transformer import Decoder
-from danlu.train.compiling import choose_compile, compile_pointwise
+from danlu.train.compiling import choose_compile, compile_blocks
 from danlu.train.loop import train
 from danlu.train.objective import next_token
 from danlu.train.optimizer import MasterAdamW, masters_of
@@ -57,7 +57,7 @@ def tune(settings: TuneSettings, base: Checkpoint, data: Path, out: Path, seed: 
 
     model = prepare(settings, base, dtype, seed)
     optimizer = MasterAdamW(*masters_of(model, dtype), settings)
-    finish = compile_pointwise(model) if compiled else softmax_gradient
+    finish = compile_blocks(model) if compiled else softmax_gradient
     trainable = sum(tensor.numel() for tensor in optimizer.masters.values())
     epochs = steps * settings.batch_rows / len(rows)
     say(

@@ -17,7 +17,7 @@ from danlu.data.stream import Rows, make_batch
 from danlu.errors import DanluError
 from danlu.model.checkpoint import Checkpoint
 from danlu.train import loop, state
-from danlu.train.compiling import choose_compile, compile_pointwise
+from danlu.train.compiling import choose_compile, compile_blocks
 from danlu.train.objective import next_token
 from danlu.train.settings import TuneSettings
 from danlu.train.stage import tune
@@ -155,7 +155,7 @@ def test_compiled_equals_eager(base, data):
         pytest.skip("no C++ compiler")
     rows = Rows.open(data / "train")
     eager, compiled = base.load(), base.load()
-    finish = compile_pointwise(compiled)
+    finish = compile_blocks(compiled)
     for indices in ([0, 1], [2, 3]):  # another packing must not need another program
         batch = make_batch(rows, indices)
         one, two = next_token()(eager, batch), next_token(finish)(compiled, batch)
