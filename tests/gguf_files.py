@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gguf
 
+from danlu.device.engine import library
 from danlu.tokenizer import Tokenizer
 
 
@@ -42,11 +42,8 @@ class LlamaVocabulary:
     """llama.cpp's own tokeniser for a file."""
 
     def __init__(self, file: Path) -> None:
-        import llama_cpp
-
-        self._quiet = llama_cpp.llama_log_callback(lambda *_: None)
-        llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p(0))
-        self._model = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
+        # library() keeps one log callback for the whole process; one that is collected would crash the next load.
+        self._model = library().Llama(str(file), vocab_only=True, verbose=False)
 
     def encode(self, text: str, special: bool = True, bos: bool = False) -> list[int]:
         return list(self._model.tokenize(text.encode(), add_bos=bos, special=special))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 import transformers
 from tokenizers.pre_tokenizers import ByteLevel
 
+from danlu.device.engine import library
 from danlu.tokenizer import Tokenizer
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -100,11 +100,8 @@ def tokens(rows: int = 2, length: int = 48) -> torch.Tensor:
 
 def llama_cpp_logits(file: Path, ids: list[int]) -> np.ndarray:
     """What llama.cpp computes for every position, fp32 [T, vocab], with an fp32 cache."""
-    import llama_cpp
-
-    quiet = llama_cpp.llama_log_callback(lambda *_: None)
-    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
-    made = llama_cpp.Llama(
+    # library() keeps one log callback for the whole process; one that is collected would crash the next load.
+    made = library().Llama(
         str(file),
         n_ctx=128,
         n_threads=1,
