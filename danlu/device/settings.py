@@ -31,7 +31,7 @@ class CertifySettings(Settings):
     decode_tokens: int = Field(64, gt=0, description="tokens decoded after it, timed too")
     repeats: int = Field(6, gt=0, description="timed repeats; the range of six holds the median with 97 % confidence")
     heldout_tokens: int = Field(
-        6144, gt=0, description="held-out tokens whose loss is compared, whole rows drawn once for all models"
+        4096, gt=0, description="held-out tokens whose loss is compared, whole rows drawn once for all models"
     )
     parity_prompts: int = Field(20, ge=0, description="held-out prompts whose ids and greedy answers are compared")
     parity_tokens: int = Field(64, gt=0, description="tokens of each compared answer")
