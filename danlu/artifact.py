@@ -272,7 +272,7 @@ def build(
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(seconds, 3),
-        "peak_memory_bytes": _peak_memory(),
+        "peak_memory_bytes": peak_memory(),
         "resumed": resumed,
     }
     write_json(draft / CARD, card)
@@ -322,8 +322,12 @@ def _forget_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_memory() -> int:
-    """Peak resident memory of this process in bytes, since `_forget_peak_memory`."""
+def peak_memory() -> int:
+    """Bytes this process held in RAM at most, since `_forget_peak_memory`.
+
+    Linux counts into getrusage's maximum what the parent held when it forked, so the kernel's mark of this program's
+    own memory is read.
+    """
     try:
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) * 1024

@@ -214,7 +214,7 @@ READS: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {  # stage -> role ->
     "data": {},
     "tune": {"data": ("data", ("train/",))},
     "evaluate": {"tuned": _TUNED, "data": _HELDOUT},
-    "compress": {"tuned": _TUNED, "data": ("data", ("train", "heldout"))},
+    "compress": {"tuned": _TUNED, "data": _HELDOUT},
     "certify": {"tuned": _TUNED, "data": _HELDOUT, "model": ("compress", ("model.gguf",))},
 }
 

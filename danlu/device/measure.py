@@ -7,7 +7,6 @@ standard output); what it imports is what a device would need, so its peak memor
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from danlu.artifact import figure
+from danlu.artifact import figure, peak_memory
 from danlu.device.engine import IGNORED, Engine
 from danlu.errors import DanluError
 
@@ -170,19 +169,6 @@ def _score(engine: Engine, document: Document) -> tuple[float, int]:
     """Sum of losses in nat, and how many tokens were the most likely ones."""
     loss, correct = engine.token_losses(document.tokens, document.targets)
     return float(loss.sum(dtype="float64")), int(correct.sum())
-
-
-def peak_memory() -> int:
-    """Bytes this process held at most.
-
-    Linux counts into getrusage's maximum what the parent held when it forked, so the kernel's mark of this program's
-    own memory is read.
-    """
-    try:
-        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def main() -> None:
