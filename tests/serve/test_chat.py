@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -109,12 +110,14 @@ def test_ctrl_c_stops_an_answer_and_the_talk_goes_on(gguf: Path) -> None:
 
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where the tests run in the background of a shell
         os.execv(sys.executable, [sys.executable, "-c", TALK, str(gguf), "{}"])
     seen = ""
 
     def until(text: str) -> None:
         nonlocal seen
         while text not in seen:
+            assert select.select([terminal], [], [], 120)[0], f"waited in vain for {text!r} after {seen!r}"
             seen += os.read(terminal, 4096).decode(errors="replace")
         seen = seen[seen.index(text) + len(text) :]
 
