@@ -232,7 +232,13 @@ def fill_after_first_checkpoint(run: Path, filler: Path) -> None:
 
 def test_control_c_says_how_to_go_on(project: Project) -> None:
     words = [sys.executable, "-m", "danlu", "run", "recipe.yaml", "--set", "tune.steps=2000", "--until", "tune"]
-    with subprocess.Popen(words, cwd=project.home, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(  # SIGINT is ignored where the tests run in the background of a shell
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        args=words,
+        cwd=project.home,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
         wait_for_checkpoint(project.run)
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=30)
