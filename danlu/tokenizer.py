@@ -224,7 +224,7 @@ def _from_directory(path: Path) -> Tokenizer:
         old = next((name for name in ("tokenizer.model", "vocab.json", "vocab.txt") if (path / name).is_file()), None)
         fix = "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) makes one"
         raise DanluError(f"has no tokenizer.json{f', only {old}' if old else ''}", where=path, fix=fix)
-    document = _read_json(file)
+    document = read_json(file)
     if "model" not in document or not isinstance(document.get("added_tokens"), list):
         raise DanluError("is no tokenizer.json: it has no model or no added_tokens", where=file)
     config = {**_read_optional(path / "special_tokens_map.json"), **_read_optional(path / "tokenizer_config.json")}
@@ -245,7 +245,8 @@ def _directory_template(path: Path, config: dict[str, Any]) -> str | None:
     return _text_or_none(found)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises DanluError where it cannot be read as one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -256,7 +257,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
-    return _read_json(path) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _from_gguf(header: Header) -> Tokenizer:

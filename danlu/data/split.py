@@ -46,13 +46,3 @@ def choose(counts: npt.NDArray[np.int64], share: float) -> npt.NDArray[np.bool_]
     if held[filled].all():
         held[filled[np.argmax(counts[filled])]] = False
     return held
-    room = share * int(counts.sum())
-    for number in filled:
-        if counts[number] <= room:
-            held[number] = True
-            room -= counts[number]
-    if not held.any():
-        held[filled[np.argmin(counts[filled])]] = True
-    if held[filled].all():
-        held[filled[np.argmax(counts[filled])]] = False
-    return held

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +17,7 @@ from danlu.model.families.family import Family, translate
 from danlu.model.families.llama import COMPUTED, WEIGHTS, family_for, family_of
 from danlu.model.stored import Stored, Weights
 from danlu.model.transformer import Decoder
-from danlu.tokenizer import Tokenizer
+from danlu.tokenizer import Tokenizer, read_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -35,7 +33,7 @@ SHARD = 5_000_000_000  # bytes, the size at which Hugging Face splits
 def read_directory_config(path: Path) -> tuple[Family, ModelConfig]:
     """The family and configuration of a Hugging Face directory."""
     file = path / "config.json"
-    hf = _read_json(file)
+    hf = read_json(file)
     family = family_of(hf, file)
     return family, family.read(hf, file)
 
@@ -50,7 +48,7 @@ def weight_files(path: Path) -> list[Path]:
     if (path / WHOLE).is_file():
         return [path / WHOLE]
     if (path / INDEX).is_file():
-        listed = _read_json(path / INDEX).get("weight_map")
+        listed = read_json(path / INDEX).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
             raise DanluError("has no weight_map", where=path / INDEX)
         files = [path / name for name in sorted(set(listed.values()))]
@@ -151,13 +149,3 @@ def _drop_tied_head(found: dict[str, Stored]) -> None:
     if not torch.equal(head.read(torch.float32), embedding.read(torch.float32)):
         what = f"tie_word_embeddings is true, but {head.name} differs from {embedding.name}"
         raise DanluError(what, where=head.file, fix="set tie_word_embeddings to false in config.json")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DanluError(f"cannot be read as JSON: {error}", where=path) from None
-    if not isinstance(value, dict):
-        raise DanluError("should hold a JSON object", where=path)
-    return value
