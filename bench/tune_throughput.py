@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +111,17 @@ def peer_step(method: str) -> Callable[[], float]:
 
 def serve_steps(side: str, method: str) -> None:
     """A child: one step for each line on standard input, its time, loss and peak memory on standard output."""
+    from danlu.train.memory import kept_memory
+
     step = {"danlu": danlu_step, "peer": peer_step}[side](method)
     print("ready", flush=True)
-    for _ in sys.stdin:
-        started = time.perf_counter()
-        loss = step()
-        seconds = time.perf_counter() - started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"seconds": seconds, "loss": loss, "peak_bytes": peak}), flush=True)
+    with kept_memory() if side == "danlu" else nullcontext():
+        for _ in sys.stdin:
+            started = time.perf_counter()
+            loss = step()
+            seconds = time.perf_counter() - started
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            print(json.dumps({"seconds": seconds, "loss": loss, "peak_bytes": peak}), flush=True)
 
 
 class Child:

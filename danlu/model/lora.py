@@ -16,8 +16,9 @@ from danlu.errors import DanluError
 class LoraLinear(nn.Module):
     """A frozen linear layer plus scale * lora_up(lora_down(x)).
 
-    The adapter is kept in fp32, whatever the base's dtype, and cast where it is used: its steps are too small for
-    bf16. `lora_down` starts random and `lora_up` at zero, so the layer starts as its base.
+    `lora_down` starts random and `lora_up` at zero, so the layer starts as its base. Both start in fp32, whatever the
+    base's dtype, and are cast where they are used; an optimizer that keeps masters (train/optimizer.py) makes them
+    rounded copies, and then no cast is left.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float, generator: torch.Generator) -> None:
@@ -34,8 +35,8 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        inner = F.linear(dropped, self.lora_down.to(x.dtype))
-        return self.base(x) + F.linear(inner, (self.lora_up * self.scale).to(x.dtype))
+        inner = F.linear(dropped, self.lora_down.to(x.dtype)) * self.scale
+        return self.base(x) + F.linear(inner, self.lora_up.to(x.dtype))
 
     def merged(self) -> nn.Linear:
         """The base with the adapter added to its weight, in the base's dtype."""

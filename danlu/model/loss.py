@@ -6,25 +6,35 @@ into loss and gradient, and forgotten (the idea of arXiv:2411.09009 and arXiv:24
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 IGNORED = -100  # a target that is not trained, as in torch.nn.functional.cross_entropy
-CHUNK_LOGITS = 2**23  # logits held at once: 16 MB in bf16, which stays in a last-level cache
+CHUNK_LOGITS = 2**25  # logits held at once, 67 MB in bf16: fewer rows slow the matrix products, more only cost memory
+PART_LOGITS = 2**19  # logits at once in fp32 where nothing fuses the passes over them: 2 MB, which a cache holds
 
-Finish = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Finish = Callable[[Tensor, Tensor], Tensor]
 
 
-def softmax_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of each row in nat, fp32 [N], and its gradient with respect to the logits, [N, vocab] in their dtype."""
+def softmax_gradient(logits: Tensor, targets: Tensor) -> Tensor:
+    """The loss of each row in nat, fp32 [N]; `logits`, [N, vocab], are overwritten by its gradient."""
     wide = logits.float()
     normaliser = torch.logsumexp(wide, -1, keepdim=True)
     loss = normaliser - wide.gather(-1, targets[:, None])
     words = torch.arange(logits.shape[-1], device=logits.device)
     gradient = (wide - normaliser).exp() - (words == targets[:, None]).float()
-    return loss[:, 0], gradient.to(logits.dtype)
+    logits.copy_(gradient)
+    return loss[:, 0]
+
+
+def softmax_gradient_in_parts(logits: Tensor, targets: Tensor) -> Tensor:
+    """`softmax_gradient` of a few rows after another: where it is not compiled, its fp32 copies stay small."""
+    rows = max(1, PART_LOGITS // logits.shape[1])
+    parts = zip(logits.split(rows), targets.split(rows), strict=True)
+    return torch.cat([softmax_gradient(*part) for part in parts])
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -40,8 +50,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for part in _chunks(len(hidden), weight):
-            loss, gradient = finish(hidden[part] @ weight.T, targets[part])
-            total += loss.sum(dtype=torch.float64)
+            logits = hidden[part] @ weight.T
+            total += finish(logits, targets[part]).sum(dtype=torch.float64)
+            gradient = logits
             if to_hidden is not None:
                 torch.mm(gradient, weight, out=to_hidden[part])
             if to_weight is not None:
@@ -61,14 +72,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return to_hidden, to_weight, None, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, finish: Finish = softmax_gradient) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, finish: Finish = softmax_gradient_in_parts) -> Tensor:
     """The sum over trained tokens of -log softmax(hidden weight^T)[target], in nat, a float64 scalar.
 
     Args:
         hidden: [N, width], fp32 or bf16.
         weight: [vocab, width], the head, in the same dtype.
         targets: int64 [N]; rows where it is -100 cost nothing and get no gradient.
-        finish: `softmax_gradient`, or the same compiled.
+        finish: `softmax_gradient_in_parts`, or `softmax_gradient` compiled.
     """
     trained = (targets != IGNORED).nonzero()[:, 0]
     return _LinearCrossEntropy.apply(hidden[trained], weight, targets[trained], finish)
@@ -96,6 +107,8 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tenso
 
 
 def _chunks(rows: int, weight: Tensor) -> Iterator[slice]:
-    size = max(16, CHUNK_LOGITS // weight.shape[0])
+    """Slices of `rows`, as few as `CHUNK_LOGITS` allows and of nearly one size."""
+    count = max(1, math.ceil(rows * weight.shape[0] / CHUNK_LOGITS))
+    size = max(16, math.ceil(rows / count))
     for first in range(0, rows, size):
         yield slice(first, min(first + size, rows))

@@ -8,7 +8,8 @@ FlashAttention (arXiv:2205.14135), so memory stays linear in the length.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from functools import cache
+from itertools import groupby, pairwise
 
 import numpy as np
 import torch
@@ -21,21 +22,21 @@ def make_tiles(batch: int, length: int, segments: Tensor | None, window: int | N
     """Cut a batch into tiles: int64 [n, 5] of (first row, end row, first query, end query, first key).
 
     The queries of a tile see keys from the first key up to their own place (and no further back than `window`).
-    Padding (segment 0) is in no tile. Rows without `segments` are cut alike and share tiles.
+    Padding (segment 0) is in no tile. Neighbouring rows whose documents lie alike share tiles: larger products.
     """
     if segments is None:
-        spans = [(0, batch, 0, length)]
+        rows = [[(0, length)]] * batch
     else:
-        spans = [
-            (row, row + 1, first, end)
-            for row, numbers in enumerate(segments.cpu().numpy())
-            for first, end in _runs(numbers)
-        ]
+        rows = [_runs(numbers) for numbers in segments.cpu().numpy()]
     tiles = []
-    for row, row_end, first, end in spans:
-        for query in range(first, end, QUERIES):
-            key = first if window is None else max(first, query - window + 1)
-            tiles.append((row, row_end, query, min(query + QUERIES, end), key))
+    row = 0
+    for spans, alike in groupby(rows):
+        row_end = row + len(list(alike))
+        for first, end in spans:
+            for query in range(first, end, QUERIES):
+                key = first if window is None else max(first, query - window + 1)
+                tiles.append((row, row_end, query, min(query + QUERIES, end), key))
+        row = row_end
     # Two empty tiles keep the number of tiles from being 0 or 1, which torch.compile would treat as special.
     return torch.tensor([*tiles, (0, 0, 0, 0, 0), (0, 0, 0, 0, 0)], dtype=torch.int64)
 
@@ -55,21 +56,21 @@ def tiled_attention(query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, wi
     (0 for none). Returns [B, T, heads, head_width]; places in no tile are zero. An opaque operator, so that
     torch.compile neither unrolls the tiles nor recompiles for them.
     """
-    grouped, keys, values = _by_head(query, key.shape[2]), _by_head(key, None), _by_head(value, None)
-    mixed = torch.zeros_like(grouped)
+    kv_heads = key.shape[2]
+    queries, keys, values = (_by_head(x, kv_heads) for x in (query, key, value))
+    mixed = torch.zeros_like(queries)
     for tile in tiles.tolist():
-        rows, here, there = _slices(tile)
+        rows, here, there = _slices(tile, kv_heads, query.shape[2] // kv_heads)
         if rows.start == rows.stop:
             continue
-        probability = _probability(grouped[rows, :, :, here], keys[rows, :, there], tile, window)
-        seen = values[rows, :, there].flatten(0, 1)
-        mixed[rows, :, :, here] = torch.bmm(probability, seen).view(mixed[rows, :, :, here].shape)
-    return _by_place(mixed)
+        probability = _probability(queries[rows, here], keys[rows, there], tile, window)
+        torch.bmm(probability, values[rows, there], out=mixed[rows, here])
+    return _by_place(mixed, query.shape)
 
 
 @tiled_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, window: int) -> Tensor:
-    return torch.empty_like(query)
+    return _like(query)
 
 
 @torch.library.custom_op("danlu::tiled_attention_backward", mutates_args=())
@@ -77,32 +78,33 @@ def tiled_attention_backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `tiled_attention` for query, key and value; sums over tiles are kept in fp32."""
-    grouped, keys, values = _by_head(query, key.shape[2]), _by_head(key, None), _by_head(value, None)
-    upstream = _by_head(gradient, key.shape[2])
-    to_query = torch.zeros_like(grouped)
+    kv_heads = key.shape[2]
+    queries, keys, values, upstream = (_by_head(x, kv_heads) for x in (query, key, value, gradient))
+    to_query = torch.zeros_like(queries)
     to_key = torch.zeros(keys.shape, dtype=torch.float32)
     to_value = torch.zeros(values.shape, dtype=torch.float32)
     for tile in tiles.tolist():
-        rows, here, there = _slices(tile)
+        rows, here, there = _slices(tile, kv_heads, query.shape[2] // kv_heads)
         if rows.start == rows.stop:
             continue
-        seen_keys, seen_values = keys[rows, :, there], values[rows, :, there]
-        probability = _probability(grouped[rows, :, :, here], seen_keys, tile, window)
-        above = upstream[rows, :, :, here].flatten(0, 1).flatten(1, 2)
-        below = grouped[rows, :, :, here].flatten(0, 1).flatten(1, 2)
-        to_value[rows, :, there] += torch.bmm(probability.transpose(1, 2), above).view(seen_values.shape)
-        to_probability = torch.bmm(above, seen_values.flatten(0, 1).transpose(1, 2))
+        probability = _probability(queries[rows, here], keys[rows, there], tile, window)
+        to_value[rows, there] += torch.bmm(probability.transpose(1, 2), upstream[rows, here])
+        to_probability = torch.bmm(upstream[rows, here], values[rows, there].transpose(1, 2))
         to_score = torch._softmax_backward_data(to_probability, probability, -1, probability.dtype)
-        to_query[rows, :, :, here] = torch.bmm(to_score, seen_keys.flatten(0, 1)).view(to_query[rows, :, :, here].shape)
-        to_key[rows, :, there] += torch.bmm(to_score.transpose(1, 2), below).view(seen_keys.shape)
-    return _by_place(to_query), _by_place(to_key.to(key.dtype)), _by_place(to_value.to(key.dtype))
+        torch.bmm(to_score, keys[rows, there], out=to_query[rows, here])
+        to_key[rows, there] += torch.bmm(to_score.transpose(1, 2), queries[rows, here])
+    return (
+        _by_place(to_query, query.shape),
+        _by_place(to_key.to(key.dtype), key.shape),
+        _by_place(to_value.to(value.dtype), value.shape),
+    )
 
 
 @tiled_attention_backward.register_fake
 def _(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    return _like(query), _like(key), _like(value)
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
@@ -120,36 +122,50 @@ def _backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tup
 tiled_attention.register_autograd(_backward, setup_context=_save)
 
 
-def _by_head(x: Tensor, kv_heads: int | None) -> Tensor:
-    """[B, T, heads, width] -> contiguous [B, heads, T, width], or [B, kv_heads, group, T, width] for queries."""
-    moved = x.transpose(1, 2).contiguous()
-    return moved if kv_heads is None else moved.unflatten(1, (kv_heads, -1))
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _by_place(x: Tensor) -> Tensor:
-    """The way back from `_by_head`."""
-    if x.dim() == 5:
-        x = x.flatten(1, 2)
-    return x.transpose(1, 2).contiguous()
+def _by_head(x: Tensor, kv_heads: int) -> Tensor:
+    """[B, T, heads, width] -> contiguous [B x kv_heads, T x group, width].
+
+    The heads that share a key head (a group, one for keys and values themselves) stand together at each place, so
+    the queries of a tile are one slice and one matrix.
+    """
+    batch, length, heads, width = x.shape
+    grouped = x.view(batch, length, kv_heads, heads // kv_heads, width).transpose(1, 2)
+    return grouped.reshape(batch * kv_heads, -1, width).contiguous()
 
 
-def _slices(tile: list[int]) -> tuple[slice, slice, slice]:
+def _by_place(x: Tensor, shape: torch.Size) -> Tensor:
+    """The way back from `_by_head`, to [B, T, heads, width]."""
+    batch, length, heads, width = shape
+    kv_heads = len(x) // batch
+    return x.view(batch, kv_heads, length, heads // kv_heads, width).transpose(1, 2).reshape(shape).contiguous()
+
+
+def _slices(tile: list[int], kv_heads: int, group: int) -> tuple[slice, slice, slice]:
+    """Where a tile's rows, queries and keys lie in what `_by_head` returns."""
     row, row_end, query, query_end, key = tile
-    return slice(row, row_end), slice(query, query_end), slice(key, query_end)
+    return slice(row * kv_heads, row_end * kv_heads), slice(query * group, query_end * group), slice(key, query_end)
 
 
-def _probability(query: Tensor, key: Tensor, tile: list[int], window: int) -> Tensor:
-    """softmax(query key^T) of one tile: [rows x kv_heads, group x queries, keys]."""
-    rows, heads, group, queries, width = query.shape
-    count = key.shape[2]
-    left, right = query.reshape(rows * heads, group * queries, width), key.flatten(0, 1).transpose(1, 2)
-    score = torch.bmm(left, right)
-    square = score.view(rows * heads, group, queries, count)
-    # Only the last `queries` keys can lie ahead of a query; only the first can lie behind its window.
-    hidden = torch.ones(queries, queries, dtype=torch.bool).triu(1)
-    square[..., count - queries :].masked_fill_(hidden, float("-inf"))
+def _probability(queries: Tensor, keys: Tensor, tile: list[int], window: int) -> Tensor:
+    """softmax(query key^T) of one tile, [rows x kv_heads, queries x group, keys]."""
+    _, _, first_query, end_query, first_key = tile
+    count = end_query - first_query
+    group = queries.shape[1] // count
+    score = torch.bmm(queries, keys.transpose(1, 2))
+    # Only the last `count` keys can lie ahead of a query; only the first can lie behind its window.
+    score[..., -count:].add_(_ahead(count, group, score.dtype))
     if window:
-        _, _, first_query, end_query, first_key = tile
         distance = torch.arange(first_query, end_query)[:, None] - torch.arange(first_key, end_query)[None, :]
-        square.masked_fill_(distance >= window, float("-inf"))
+        score.masked_fill_((distance >= window).repeat_interleave(group, 0), float("-inf"))
     return torch.softmax(score, -1)
+
+
+@cache
+def _ahead(count: int, group: int, dtype: torch.dtype) -> Tensor:
+    """-inf where one of `count` keys lies ahead of one of as many queries, else 0: [count x group, count]."""
+    hidden = torch.full((count, count), float("-inf")).triu(1)
+    return hidden.repeat_interleave(group, 0).to(dtype)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
+import subprocess
 
 import torch
+import torch._functorch.config
+import torch._inductor.config
 
 from danlu.model.config import ModelConfig
 from danlu.model.loss import Finish, softmax_gradient
@@ -16,11 +20,12 @@ from danlu.train.precision import gemm_rate
 COST = 25.0  # seconds the first compiled step takes longer, on two cores with an empty cache
 GAIN = 0.12  # share of an uncompiled step's time that compiling saves
 EFFICIENCY = 0.6  # an uncompiled step's share of the matrix-product rate
+COMPILERS = (os.environ.get("CXX", "g++"), "g++", "c++", "clang++")
 
 
 def has_compiler() -> bool:
     """Whether a C++ compiler is at hand, which torch.compile needs on a CPU."""
-    return any(shutil.which(name) for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++") if name)
+    return any(shutil.which(name) for name in COMPILERS)
 
 
 def choose_compile(
@@ -53,7 +58,24 @@ def parameters(config: ModelConfig) -> int:
 
 def compile_blocks(model: Decoder) -> Finish:
     """Compile each block in place (one program serves all) and return the compiled end of the loss."""
+    _trust_compiler()
+    # Keep a tenth less for the backward pass: norms and gates are computed again, which costs next to nothing.
+    torch._functorch.config.activation_memory_budget = 0.9
+    if not model.embedding.weight.requires_grad:
+        # The first block's input then asks for a gradient as every other's does: without it, it needs its own program.
+        model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     for block in model.blocks:
         block.compile(dynamic=False)
     model.norm.compile(dynamic=False)
     return torch.compile(softmax_gradient, dynamic=True)
+
+
+def _trust_compiler() -> None:
+    """Skip the library's trial builds of vector code (7 s) where the compiler knows the instructions they try."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return
+    compiler = next(name for name in COMPILERS if shutil.which(name))
+    newest = ["-mavx512f", "-mavx512vnni", "-mavx512bf16", "-mamx-tile"]
+    tried = subprocess.run([compiler, *newest, "-fsyntax-only", "-x", "c++", os.devnull], capture_output=True)
+    if tried.returncode == 0:
+        torch._inductor.config.cpp.vec_isa_ok = True

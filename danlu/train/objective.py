@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from danlu.data.stream import Batch
-from danlu.model.loss import Finish, linear_cross_entropy, softmax_gradient
+from danlu.model.loss import Finish, linear_cross_entropy, softmax_gradient_in_parts
 from danlu.model.transformer import Decoder
 
 
@@ -23,8 +23,8 @@ class Loss:
 Objective = Callable[[nn.Module, Batch], Loss]
 
 
-def next_token(finish: Finish = softmax_gradient) -> Objective:
-    """Cross-entropy of the next token. `finish` is `softmax_gradient`, or the same compiled."""
+def next_token(finish: Finish = softmax_gradient_in_parts) -> Objective:
+    """Cross-entropy of the next token. `finish` is `softmax_gradient_in_parts`, or `softmax_gradient` compiled."""
 
     def objective(model: nn.Module, batch: Batch) -> Loss:
         assert isinstance(model, Decoder)

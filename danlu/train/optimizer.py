@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from danlu.model.lora import adapters
 from danlu.train.settings import TuneSettings
 
 
@@ -87,11 +86,10 @@ def _hand_over(master: Tensor) -> Callable[[Tensor], None]:
 def masters_of(model: nn.Module, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, nn.Parameter]]:
     """A model's trainable fp32 parameters as masters and, where it computes in bf16, the rounded copies it keeps.
 
-    Adapters stay fp32 in the model and are cast where they are used. With `dtype` bf16 every other trainable
-    parameter becomes a bf16 copy of its master.
+    With `dtype` bf16 every trainable parameter becomes a bf16 copy of its master.
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if dtype == torch.float32 or any(True for _ in adapters(model)):
+    if dtype == torch.float32:
         return dict(trainable), {}
     masters: dict[str, Tensor] = {name: parameter.detach() for name, parameter in trainable.items()}
     for name, parameter in trainable.items():

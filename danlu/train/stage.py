@@ -18,12 +18,13 @@ from danlu.console import say
 from danlu.data.stream import Rows, Stream
 from danlu.errors import DanluError
 from danlu.model.checkpoint import Checkpoint, save_checkpoint
-from danlu.model.lora import adapters, add_lora, merge_lora
-from danlu.model.loss import softmax_gradient
+from danlu.model.lora import add_lora, merge_lora
+from danlu.model.loss import softmax_gradient_in_parts
 from danlu.model.peft import save_adapter
 from danlu.model.transformer import Decoder
 from danlu.train.compiling import choose_compile, compile_blocks
 from danlu.train.loop import train
+from danlu.train.memory import kept_memory
 from danlu.train.objective import next_token
 from danlu.train.optimizer import MasterAdamW, masters_of
 from danlu.train.precision import choose_precision
@@ -57,39 +58,42 @@ def tune(settings: TuneSettings, base: Checkpoint, data: Path, out: Path, seed: 
 
     model = prepare(settings, base, dtype, seed)
     optimizer = MasterAdamW(*masters_of(model, dtype), settings)
-    finish = compile_blocks(model) if compiled else softmax_gradient
+    finish = compile_blocks(model) if compiled else softmax_gradient_in_parts
     trainable = sum(tensor.numel() for tensor in optimizer.masters.values())
     epochs = steps * settings.batch_rows / len(rows)
     say(
         f"tune: {steps} steps of {settings.batch_rows} x {rows.window} tokens ({epochs:.2f} epochs of {len(rows)} rows)"
     )
     say(f"tune: {settings.method}, {trainable:,} trainable of {sum(p.numel() for p in model.parameters()):,} weights")
-    losses = train(
-        model,
-        next_token(finish),
-        Stream(rows, settings.batch_rows, seed),
-        optimizer,
-        partial(learning_rate, steps=steps, settings=settings),
-        steps=steps,
-        micro_batches=settings.batch_rows // (settings.micro_rows or settings.batch_rows),
-        checkpoint_steps=settings.checkpoint_steps,
-        keep_checkpoints=settings.keep_checkpoints,
-        seed=seed,
-        out=out,
-        checkpoints=out / WORK / "checkpoints",
-    )
+    with kept_memory():
+        losses = train(
+            model,
+            next_token(finish),
+            Stream(rows, settings.batch_rows, seed),
+            optimizer,
+            partial(learning_rate, steps=steps, settings=settings),
+            steps=steps,
+            micro_batches=settings.batch_rows // (settings.micro_rows or settings.batch_rows),
+            checkpoint_steps=settings.checkpoint_steps,
+            keep_checkpoints=settings.keep_checkpoints,
+            seed=seed,
+            out=out,
+            checkpoints=out / WORK / "checkpoints",
+        )
+    learned = {name: tensor.detach() for name, tensor in optimizer.masters.items()}
+    del model, optimizer
+    finished = _finished(settings, base, learned, seed)
     if settings.method == "lora":
         save_adapter(
-            model,
+            finished,
             out / "adapter",
             rank=settings.rank,
             alpha=settings.alpha,
             dropout=settings.dropout,
             base=str(base.path),
         )
-    learned = {name: tensor.detach() for name, tensor in optimizer.masters.items()}
-    del model, optimizer
-    save_checkpoint(_finished(settings, base, learned, seed), base.tokenizer, out / "model")
+        merge_lora(finished)
+    save_checkpoint(finished, base.tokenizer, out / "model")
     return _figures(out, losses, steps, trainable, time.perf_counter() - started) | {
         "method": settings.method,
         "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
@@ -125,14 +129,12 @@ def _decide(settings: TuneSettings, base: Checkpoint, tokens: int, note: Path) -
 
 
 def _finished(settings: TuneSettings, base: Checkpoint, learned: dict[str, torch.Tensor], seed: int) -> Decoder:
-    """The base in fp32 with what was learned: adapters merged into it, or all weights replaced."""
+    """The base in fp32 with what was learned: adapters beside it, or all weights replaced."""
     model = prepare(settings, base, torch.float32, seed)
     places: dict[str, nn.Parameter] = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in learned.items():
             places[name].copy_(tensor)
-    if any(True for _ in adapters(model)):
-        merge_lora(model)
     return model
 
 
