@@ -63,13 +63,13 @@ def danlu_step(method: str) -> Callable[[], float]:
     settings = TuneSettings(method=method, rank=16, learning_rate=1e-5)
     model = prepare(settings, Checkpoint.open(BASE), torch.bfloat16, seed=0)
     optimizer = MasterAdamW(*masters_of(model, torch.bfloat16), settings)
-    objective = next_token(compile_blocks(model))
+    compile_blocks(model)
     tokens = text_rows()
     targets = torch.cat([tokens[:, 1:], torch.full((ROWS, 1), -100)], dim=1)
     batch = Batch(tokens, targets, torch.ones(ROWS, LENGTH).int(), torch.arange(LENGTH).expand(ROWS, -1))
 
     def step() -> float:
-        loss = objective(model, batch)
+        loss = next_token(model, batch)
         (loss.sum / batch.count).backward()
         optimizer.step(1e-5)
         return float(loss.sum.detach()) / batch.count

@@ -7,52 +7,41 @@ into loss and gradient, and forgotten (the idea of arXiv:2411.09009 and arXiv:24
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 IGNORED = -100  # a target that is not trained, as in torch.nn.functional.cross_entropy
 CHUNK_LOGITS = 2**25  # logits held at once, 67 MB in bf16: fewer rows slow the matrix products, more only cost memory
-PART_LOGITS = 2**19  # logits at once in fp32 where nothing fuses the passes over them: 2 MB, which a cache holds
-
-Finish = Callable[[Tensor, Tensor], Tensor]
+PART_LOGITS = 2**19  # of these, logits in fp32 at once on a CPU: 2 MB, which stay in its cache from pass to pass
 
 
 def softmax_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     """The loss of each row in nat, fp32 [N]; `logits`, [N, vocab], are overwritten by its gradient."""
-    wide = logits.float()
-    normaliser = torch.logsumexp(wide, -1, keepdim=True)
-    loss = normaliser - wide.gather(-1, targets[:, None])
-    words = torch.arange(logits.shape[-1], device=logits.device)
-    gradient = (wide - normaliser).exp() - (words == targets[:, None]).float()
-    logits.copy_(gradient)
-    return loss[:, 0]
-
-
-def softmax_gradient_in_parts(logits: Tensor, targets: Tensor) -> Tensor:
-    """`softmax_gradient` of a few rows after another: where it is not compiled, its fp32 copies stay small."""
-    rows = max(1, PART_LOGITS // logits.shape[1])
-    parts = zip(logits.split(rows), targets.split(rows), strict=True)
-    return torch.cat([softmax_gradient(*part) for part in parts])
+    rows = max(1, PART_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    losses = []
+    for part, chosen in zip(logits.split(rows), targets[:, None].split(rows), strict=True):
+        wide = torch.log_softmax(part, -1, dtype=torch.float32)
+        losses.append(-wide.gather(-1, chosen)[:, 0])
+        wide.exp_().scatter_add_(-1, chosen, torch.full_like(chosen, -1.0, dtype=torch.float32))
+        part.copy_(wide)
+    return torch.cat(losses)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Makes the gradients during the forward pass, while a chunk's logits are at hand."""
 
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor, finish: Finish
-    ) -> Tensor:
+    def forward(ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         to_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
         to_weight = (
             torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if weight.requires_grad else None
         )
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for part in _chunks(len(hidden), weight):
-            logits = hidden[part] @ weight.T
-            total += finish(logits, targets[part]).sum(dtype=torch.float64)
-            gradient = logits
+            gradient = hidden[part] @ weight.T  # logits first, then overwritten
+            total += softmax_gradient(gradient, targets[part]).sum(dtype=torch.float64)
             if to_hidden is not None:
                 torch.mm(gradient, weight, out=to_hidden[part])
             if to_weight is not None:
@@ -69,20 +58,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             to_hidden = (to_hidden * scale).to(to_hidden.dtype)
         if to_weight is not None:
             to_weight = to_weight.mul_(scale).to(ctx.dtype)  # type: ignore[attr-defined]
-        return to_hidden, to_weight, None, None
+        return to_hidden, to_weight, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, finish: Finish = softmax_gradient_in_parts) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The sum over trained tokens of -log softmax(hidden weight^T)[target], in nat, a float64 scalar.
 
     Args:
         hidden: [N, width], fp32 or bf16.
         weight: [vocab, width], the head, in the same dtype.
         targets: int64 [N]; rows where it is -100 cost nothing and get no gradient.
-        finish: `softmax_gradient_in_parts`, or `softmax_gradient` compiled.
     """
     trained = (targets != IGNORED).nonzero()[:, 0]
-    return _LinearCrossEntropy.apply(hidden[trained], weight, targets[trained], finish)
+    return _LinearCrossEntropy.apply(hidden[trained], weight, targets[trained])
 
 
 @torch.no_grad()

@@ -24,10 +24,7 @@ def make_tiles(batch: int, length: int, segments: Tensor | None, window: int | N
     The queries of a tile see keys from the first key up to their own place (and no further back than `window`).
     Padding (segment 0) is in no tile. Neighbouring rows whose documents lie alike share tiles: larger products.
     """
-    if segments is None:
-        rows = [[(0, length)]] * batch
-    else:
-        rows = [_runs(numbers) for numbers in segments.cpu().numpy()]
+    rows = [[(0, length)]] * batch if segments is None else [_runs(numbers) for numbers in segments.cpu().numpy()]
     tiles = []
     row = 0
     for spans, alike in groupby(rows):

@@ -12,7 +12,6 @@ import torch._functorch.config
 import torch._inductor.config
 
 from danlu.model.config import ModelConfig
-from danlu.model.loss import Finish, softmax_gradient
 from danlu.model.transformer import Decoder
 from danlu.train.precision import gemm_rate
 
@@ -56,8 +55,8 @@ def parameters(config: ModelConfig) -> int:
     return config.layers * block + config.vocab_size * config.width
 
 
-def compile_blocks(model: Decoder) -> Finish:
-    """Compile each block in place (one program serves all) and return the compiled end of the loss."""
+def compile_blocks(model: Decoder) -> None:
+    """Compile each block in place; one program serves all."""
     _trust_compiler()
     # Keep a tenth less for the backward pass: norms and gates are computed again, which costs next to nothing.
     torch._functorch.config.activation_memory_budget = 0.9
@@ -66,8 +65,6 @@ def compile_blocks(model: Decoder) -> Finish:
         model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     for block in model.blocks:
         block.compile(dynamic=False)
-    model.norm.compile(dynamic=False)
-    return torch.compile(softmax_gradient, dynamic=True)
 
 
 def _trust_compiler() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from danlu.data.stream import Batch
-from danlu.model.loss import Finish, linear_cross_entropy, softmax_gradient_in_parts
+from danlu.model.loss import linear_cross_entropy
 from danlu.model.transformer import Decoder
 
 
@@ -23,13 +23,8 @@ class Loss:
 Objective = Callable[[nn.Module, Batch], Loss]
 
 
-def next_token(finish: Finish = softmax_gradient_in_parts) -> Objective:
-    """Cross-entropy of the next token. `finish` is `softmax_gradient_in_parts`, or `softmax_gradient` compiled."""
-
-    def objective(model: nn.Module, batch: Batch) -> Loss:
-        assert isinstance(model, Decoder)
-        hidden = model(batch.tokens, positions=batch.positions, segments=batch.segments)
-        total = linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, batch.targets.flatten(), finish)
-        return Loss(total, batch.count)
-
-    return objective
+def next_token(model: nn.Module, batch: Batch) -> Loss:
+    """Cross-entropy of the next token."""
+    assert isinstance(model, Decoder)
+    hidden = model(batch.tokens, positions=batch.positions, segments=batch.segments)
+    return Loss(linear_cross_entropy(hidden.flatten(0, 1), model.head_weight, batch.targets.flatten()), batch.count)

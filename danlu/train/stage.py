@@ -19,7 +19,6 @@ from danlu.data.stream import Rows, Stream
 from danlu.errors import DanluError
 from danlu.model.checkpoint import Checkpoint, save_checkpoint
 from danlu.model.lora import add_lora, merge_lora
-from danlu.model.loss import softmax_gradient_in_parts
 from danlu.model.peft import save_adapter
 from danlu.model.transformer import Decoder
 from danlu.train.compiling import choose_compile, compile_blocks
@@ -58,7 +57,8 @@ def tune(settings: TuneSettings, base: Checkpoint, data: Path, out: Path, seed: 
 
     model = prepare(settings, base, dtype, seed)
     optimizer = MasterAdamW(*masters_of(model, dtype), settings)
-    finish = compile_blocks(model) if compiled else softmax_gradient_in_parts
+    if compiled:
+        compile_blocks(model)
     trainable = sum(tensor.numel() for tensor in optimizer.masters.values())
     epochs = steps * settings.batch_rows / len(rows)
     say(
@@ -68,7 +68,7 @@ def tune(settings: TuneSettings, base: Checkpoint, data: Path, out: Path, seed: 
     with kept_memory():
         losses = train(
             model,
-            next_token(finish),
+            next_token,
             Stream(rows, settings.batch_rows, seed),
             optimizer,
             partial(learning_rate, steps=steps, settings=settings),

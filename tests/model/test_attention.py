@@ -105,3 +105,16 @@ def test_too_long_is_refused_with_both_numbers():
         model(torch.zeros(1, 257, dtype=torch.int64))
     with pytest.raises(DanluError, match="5 tokens do not fit in a cache of 4"):
         model(torch.zeros(1, 5, dtype=torch.int64), cache=model.new_cache(1, 4))
+
+
+def test_what_the_compiler_is_told_of_the_operator_is_true():
+    query, key = torch.randn(2, 70, 6, 8, requires_grad=True), torch.randn(2, 70, 3, 8, requires_grad=True)
+    value = torch.randn(2, 70, 3, 8, requires_grad=True)
+    torch.library.opcheck(tiled_attention, (query, key, value, make_tiles(2, 70, None, None), 0))
+
+
+def test_neighbouring_rows_that_lie_alike_share_tiles():
+    segments = torch.tensor([[1] * 60 + [2] * 40, [1] * 60 + [2] * 40, [1] * 100]).int()
+    tiles = [tuple(tile) for tile in make_tiles(3, 100, segments, None).tolist()]
+    shared = [(0, 2, 0, 60, 0), (0, 2, 60, 100, 60)]
+    assert tiles == [*shared, (2, 3, 0, 64, 0), (2, 3, 64, 100, 0), (0,) * 5, (0,) * 5]
