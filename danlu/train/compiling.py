@@ -6,6 +6,8 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
+import sysconfig
 
 import torch
 import torch._functorch.config
@@ -16,15 +18,25 @@ from danlu.model.transformer import Decoder
 from danlu.train.precision import gemm_rate
 
 # Measured by bench/tune_throughput.py; see docs/lab-notebook.md.
-COST = 25.0  # seconds the first compiled step takes longer, on two cores with an empty cache
-GAIN = 0.12  # share of an uncompiled step's time that compiling saves
-EFFICIENCY = 0.6  # an uncompiled step's share of the matrix-product rate
-COMPILERS = (os.environ.get("CXX", "g++"), "g++", "c++", "clang++")
+COST = 14.0  # seconds the first compiled step takes longer, on two cores with an empty cache
+GAIN = 0.15  # share of an uncompiled step's time that compiling saves
+EFFICIENCY = 0.55  # an uncompiled step's share of the matrix-product rate
+COMPILER = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # the one the library takes
+PYTHON = ("-include", "Python.h", f"-I{sysconfig.get_path('include')}")
+NEWEST = ("-mavx512f", "-mavx512vnni", "-mavx512bf16", "-mamx-tile")
 
 
-def has_compiler() -> bool:
-    """Whether a C++ compiler is at hand, which torch.compile needs on a CPU."""
-    return any(shutil.which(name) for name in COMPILERS)
+def can_compile() -> bool:
+    """Whether a C++ compiler and Python's headers are at hand, which torch.compile needs on a CPU."""
+    return _accepts("-fopenmp", *PYTHON)
+
+
+def _accepts(*options: str) -> bool:
+    """Whether the compiler takes these options, for an empty file."""
+    if shutil.which(COMPILER) is None:
+        return False
+    command = [COMPILER, *options, "-fsyntax-only", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def choose_compile(
@@ -39,8 +51,8 @@ def choose_compile(
     """
     if asked != "auto":
         return asked == "on", f"{asked}, as asked"
-    if not has_compiler():
-        return False, "off: no C++ compiler found"
+    if not can_compile():
+        return False, "off: no C++ compiler with Python's headers found"
     flops = flops_per_parameter * parameters(config) * tokens
     seconds = flops / (gemm_rate(dtype) * 1e9 * EFFICIENCY)
     saved = GAIN * seconds
@@ -69,10 +81,5 @@ def compile_blocks(model: Decoder) -> None:
 
 def _trust_compiler() -> None:
     """Skip the library's trial builds of vector code (7 s) where the compiler knows the instructions they try."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return
-    compiler = next(name for name in COMPILERS if shutil.which(name))
-    newest = ["-mavx512f", "-mavx512vnni", "-mavx512bf16", "-mamx-tile"]
-    tried = subprocess.run([compiler, *newest, "-fsyntax-only", "-x", "c++", os.devnull], capture_output=True)
-    if tried.returncode == 0:
+    if platform.machine() in ("x86_64", "AMD64") and _accepts(*NEWEST):
         torch._inductor.config.cpp.vec_isa_ok = True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import resource
-import shutil
 import signal
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from safetensors.torch import load_file
 from danlu.data.stream import Rows, make_batch
 from danlu.errors import DanluError
 from danlu.model.checkpoint import Checkpoint
-from danlu.train import loop, state
+from danlu.train import compiling, loop, state
 from danlu.train.compiling import choose_compile, compile_blocks
 from danlu.train.objective import next_token
 from danlu.train.settings import TuneSettings
@@ -151,7 +150,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
 
 
 def test_compiled_equals_eager(base, data):
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
+    if not compiling.can_compile():
         pytest.skip("no C++ compiler")
     rows = Rows.open(data / "train")
     eager, compiled = base.load(), base.load()
@@ -169,7 +168,17 @@ def test_compiled_equals_eager(base, data):
 def test_compiles_only_where_it_pays(base):
     short, _ = choose_compile("auto", base.config, 10_000, 6, torch.float32)
     long, _ = choose_compile("auto", base.config, 10**12, 6, torch.float32)
-    assert (short, long) == (False, shutil.which("c++") is not None)
+    assert (short, long) == (False, compiling.can_compile())
+
+
+def test_a_compiler_without_pythons_headers_does_not_do(base, monkeypatch):
+    if not compiling.can_compile():
+        pytest.skip("no C++ compiler here")
+    monkeypatch.setattr(compiling, "PYTHON", ("-include", "Python.h.is-not-here"))
+    on, why = choose_compile("auto", base.config, 10**12, 6, torch.float32)
+    assert not on and "Python's headers" in why
+    monkeypatch.setattr(compiling, "COMPILER", "no-such-compiler")
+    assert not compiling.can_compile()
 
 
 def test_a_loss_that_is_no_number_stops_the_run(base, data, tmp_path):
