@@ -34,7 +34,7 @@ LIBRARIES = ("torch", "numpy", "tokenizers", "safetensors", "llama-cpp-python", 
 EXTRAS = {
     "data": ("datasketch",),
     "device": ("llama_cpp",),
-    "serve": ("starlette", "uvicorn", "sse_starlette"),
+    "serve": ("starlette", "uvicorn"),
     "report": ("matplotlib",),
     "tensorboard": ("tensorboard",),
     "bench": ("transformers", "peft"),

@@ -6,13 +6,15 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from danlu.device.bandwidth import read_bandwidth
 from danlu.device.cores import usable_cores
-from danlu.device.probe import compiler, print_probe, probe, recommend, try_import
+from danlu.device.probe import EXTRAS, compiler, print_probe, probe, recommend, try_import
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +82,12 @@ def test_cores_respect_affinity() -> None:
 
 def test_bandwidth_is_bytes_a_second() -> None:
     assert 5e8 < read_bandwidth(threads=1, repeats=2) < 1e13
+
+
+def test_extras_are_those_of_the_project() -> None:
+    with (Path(__file__).parents[2] / "pyproject.toml").open("rb") as file:
+        extras = tomllib.load(file)["project"]["optional-dependencies"]
+    distributions = metadata.packages_distributions()
+    for name in extras.keys() - {"demo", "dev"}:
+        asked = {requirement.split(">")[0] for requirement in extras[name]}
+        assert asked == {found for module in EXTRAS[name] for found in distributions[module]}
