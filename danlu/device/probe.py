@@ -39,7 +39,7 @@ EXTRAS = {
     "tensorboard": ("tensorboard",),
     "bench": ("transformers", "peft"),
 }
-PATIENCE = 10.0  # seconds an extra may take to import
+PATIENCE = 7.0  # seconds an extra may take to import
 GEMM_SECONDS = 0.4  # of measuring one matrix product
 
 

@@ -89,5 +89,5 @@ def test_extras_are_those_of_the_project() -> None:
         extras = tomllib.load(file)["project"]["optional-dependencies"]
     distributions = metadata.packages_distributions()
     for name in extras.keys() - {"demo", "dev"}:
-        asked = {requirement.split(">")[0] for requirement in extras[name]}
-        assert asked == {found for module in EXTRAS[name] for found in distributions[module]}
+        asked = {requirement.split(">")[0].replace("-", "_") for requirement in extras[name]}
+        assert asked == {found.replace("-", "_") for module in EXTRAS[name] for found in distributions[module]}
