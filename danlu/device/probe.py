@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -141,14 +140,15 @@ def try_import(packages: tuple[str, ...]) -> str:
 
 def compiler() -> dict[str, str]:
     """The C++ compiler that torch.compile would use, its version in `works`; or in `why` what is missing."""
-    wanted = os.environ.get("CXX", "").split()[:1] or ["g++", "clang++"]
-    path = next((found for name in wanted if (found := shutil.which(name))), None)
-    if path is None:
-        return {"works": "", "why": f"{' and '.join(wanted)} not found, so torch.compile cannot be used"}
-    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
-        return {"works": "", "why": f"{path} is there, but Python's headers are not, so torch.compile cannot be used"}
-    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
-    return {"works": said[0] if said else path, "why": ""}
+    from danlu.train.compiling import can_compile, compiler_name
+
+    name = compiler_name()
+    if shutil.which(name) is None:
+        return {"works": "", "why": f"{name} not found, so torch.compile cannot be used"}
+    if not can_compile():
+        return {"works": "", "why": f"{name} is there, but Python's headers are not, so torch.compile cannot be used"}
+    said = subprocess.run([name, "--version"], capture_output=True, text=True, check=False).stdout.splitlines()
+    return {"works": said[0] if said else name, "why": ""}
 
 
 def recommend(found: dict[str, Any]) -> str:

@@ -21,9 +21,13 @@ from danlu.train.precision import gemm_rate
 COST = 14.0  # seconds the first compiled step takes longer, on two cores with an empty cache
 GAIN = 0.15  # share of an uncompiled step's time that compiling saves
 EFFICIENCY = 0.55  # an uncompiled step's share of the matrix-product rate
-COMPILER = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # the one the library takes
 PYTHON = ("-include", "Python.h", f"-I{sysconfig.get_path('include')}")
 NEWEST = ("-mavx512f", "-mavx512vnni", "-mavx512bf16", "-mamx-tile")
+
+
+def compiler_name() -> str:
+    """The C++ compiler that torch.compile takes."""
+    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
 
 
 def can_compile() -> bool:
@@ -33,9 +37,9 @@ def can_compile() -> bool:
 
 def _accepts(*options: str) -> bool:
     """Whether the compiler takes these options, for an empty file."""
-    if shutil.which(COMPILER) is None:
+    if shutil.which(compiler_name()) is None:
         return False
-    command = [COMPILER, *options, "-fsyntax-only", "-x", "c++", os.devnull]
+    command = [compiler_name(), *options, "-fsyntax-only", "-x", "c++", os.devnull]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 

@@ -177,7 +177,7 @@ def test_a_compiler_without_pythons_headers_does_not_do(base, monkeypatch):
     monkeypatch.setattr(compiling, "PYTHON", ("-include", "Python.h.is-not-here"))
     on, why = choose_compile("auto", base.config, 10**12, 6, torch.float32)
     assert not on and "Python's headers" in why
-    monkeypatch.setattr(compiling, "COMPILER", "no-such-compiler")
+    monkeypatch.setenv("CXX", "no-such-compiler")
     assert not compiling.can_compile()
 
 
