@@ -58,6 +58,7 @@ class Sight:
         cos, sin: the rotation of each position.
         window: keys a token may look back on, itself included; 0 for no limit.
         tiles: on a CPU without a cache, the work list of `tiled_attention`.
+        keep: the probabilities it keeps, a query.
         mask: otherwise, bool [B, 1, T, keys], True where a query may look; None for plain causal.
     """
 
@@ -66,16 +67,18 @@ class Sight:
     sin: Tensor
     window: int
     tiles: Tensor | None
+    keep: int
     mask: Tensor | None
 
 
-def sight(config: ModelConfig, positions: Tensor, segments: Tensor | None, keys: int | None) -> Sight:
+def sight(config: ModelConfig, positions: Tensor, segments: Tensor | None, keys: int | None, keep: int) -> Sight:
     """Build the `Sight` of a batch.
 
     Args:
         positions: int64 [B, T].
         segments: int32 [B, T], document numbers of packed rows; tokens of different documents never meet.
         keys: with a cache, the number of its places; place j holds position j of its row.
+        keep: see `Decoder`.
     """
     cos, sin = rotation(positions, *frequencies(config))
     window = config.sliding_window or 0
@@ -91,7 +94,7 @@ def sight(config: ModelConfig, positions: Tensor, segments: Tensor | None, keys:
         torch._dynamo.mark_dynamic(tiles, 0)  # every packing has its own number of tiles: compile once for all
     elif segments is not None or window:
         mask = _mask(positions, segments, window)
-    return Sight(positions, cos, sin, window, tiles, mask)
+    return Sight(positions, cos, sin, window, tiles, keep, mask)
 
 
 def _mask(positions: Tensor, segments: Tensor | None, window: int) -> Tensor:
@@ -135,7 +138,8 @@ class Attention(nn.Module):
     def _mix(self, query: Tensor, key: Tensor, value: Tensor, see: Sight) -> Tensor:
         """[B, T, heads, head_width] of scaled queries -> the same shape of mixed values."""
         if see.tiles is not None:
-            return tiled_attention(query, key, value, see.tiles, see.window)
+            mixed, _ = tiled_attention(query, key, value, see.tiles, see.window, see.keep)
+            return mixed
         mixed = F.scaled_dot_product_attention(
             query.transpose(1, 2),
             key.transpose(1, 2),

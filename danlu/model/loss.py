@@ -22,9 +22,12 @@ def softmax_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     rows = max(1, PART_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     losses = []
     for part, chosen in zip(logits.split(rows), targets[:, None].split(rows), strict=True):
-        wide = torch.log_softmax(part, -1, dtype=torch.float32)
-        losses.append(-wide.gather(-1, chosen)[:, 0])
-        wide.exp_().scatter_add_(-1, chosen, torch.full_like(chosen, -1.0, dtype=torch.float32))
+        wide = torch.softmax(part, -1, dtype=torch.float32)
+        # -log p(target) = (largest logit - target's) - log p(largest): the largest is no less than 1 / vocab, so unlike
+        # p(target) it never underflows, and one pass of exponentials serves loss and gradient.
+        behind = part.amax(-1, keepdim=True).float() - part.gather(-1, chosen).float()
+        losses.append((behind - wide.amax(-1, keepdim=True).log())[:, 0])
+        wide.scatter_add_(-1, chosen, torch.full_like(chosen, -1.0, dtype=torch.float32))
         part.copy_(wide)
     return torch.cat(losses)
 

@@ -3,25 +3,49 @@
 On a CPU the library's fused attention runs at a fifth of the matrix-product rate; the same work written as batched
 products of one tile of queries with the keys it may see runs at nearly the full rate, and skips what the causal
 mask, document borders and padding hide. Probabilities are computed again in the backward pass, as in
-FlashAttention (arXiv:2205.14135), so memory stays linear in the length.
+FlashAttention (arXiv:2205.14135), unless asked to keep some; memory stays linear in the length either way.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from itertools import groupby, pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-QUERIES = 64  # queries a tile: small enough to skip the hidden half, large enough to feed the matrix units
+QUERIES = 128  # queries a tile: fewer skip more of the hidden half, more feed the matrix units better
+
+
+class Tile(NamedTuple):
+    """Queries of neighbouring rows, and the keys from `key` up to each query's own place that they may see."""
+
+    row: int
+    row_end: int
+    query: int
+    query_end: int
+    key: int
+
+    def here(self, x: Tensor) -> Tensor:
+        """The places of the queries in x, [B, T, heads, width]."""
+        return x[self.row : self.row_end, self.query : self.query_end]
+
+    def there(self, x: Tensor) -> Tensor:
+        """The places of the keys in x, [B, T, kv_heads, width]."""
+        return x[self.row : self.row_end, self.key : self.query_end]
+
+    def pairs(self) -> int:
+        """Pairs of a query and a key, for one head."""
+        return (self.row_end - self.row) * (self.query_end - self.query) * (self.query_end - self.key)
 
 
 def make_tiles(batch: int, length: int, segments: Tensor | None, window: int | None) -> Tensor:
-    """Cut a batch into tiles: int64 [n, 5] of (first row, end row, first query, end query, first key).
+    """Cut a batch into tiles: int64 [n, 5], a `Tile` a line.
 
-    The queries of a tile see keys from the first key up to their own place (and no further back than `window`).
+    The queries of a tile see keys from its first key up to their own place (and no further back than `window`).
     Padding (segment 0) is in no tile. Neighbouring rows whose documents lie alike share tiles: larger products.
     """
     rows = [[(0, length)]] * batch if segments is None else [_runs(numbers) for numbers in segments.cpu().numpy()]
@@ -46,119 +70,135 @@ def _runs(numbers: np.ndarray) -> list[tuple[int, int]]:
 
 
 @torch.library.custom_op("danlu::tiled_attention", mutates_args=())
-def tiled_attention(query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, window: int) -> Tensor:
+def tiled_attention(
+    query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, window: int, keep: int
+) -> tuple[Tensor, Tensor]:
     """Attention of [B, T, heads, head_width] queries over [B, T, kv_heads, head_width] keys and values.
 
-    Queries come scaled, so a score is a plain product with a key. `tiles` come from `make_tiles` with the same window
-    (0 for none). Returns [B, T, heads, head_width]; places in no tile are zero. An opaque operator, so that
-    torch.compile neither unrolls the tiles nor recompiles for them.
+    An opaque operator, so that torch.compile neither unrolls the tiles nor compiles again for others.
+
+    Args:
+        query: scaled, so that a score is a plain product with a key.
+        tiles: from `make_tiles`, with the same window.
+        window: keys a query may look back on, itself included; 0 for no limit.
+        keep: how many probabilities to keep for the backward pass, on average a query and head, instead of computing
+            them again. It buys a fifth of the time for `keep` numbers a token and head.
+
+    Returns: [B, T, heads, head_width], zero at places in no tile; and the kept probabilities, in one line.
     """
     kv_heads = key.shape[2]
-    queries, keys, values = (_by_head(x, kv_heads) for x in (query, key, value))
-    mixed = torch.zeros_like(queries)
-    for tile in tiles.tolist():
-        rows, here, there = _slices(tile, kv_heads, query.shape[2] // kv_heads)
-        if rows.start == rows.stop:
-            continue
-        probability = _probability(queries[rows, here], keys[rows, there], tile, window)
-        torch.bmm(probability, values[rows, there], out=mixed[rows, here])
-    return _by_place(mixed, query.shape)
+    mixed = torch.zeros_like(query)
+    kept = query.new_empty(_kept_size(query, keep))
+    for tile, room in _with_room(tiles, kept, query.shape[2]):
+        queries, keys, values = (_matrices(x, kv_heads) for x in (tile.here(query), tile.there(key), tile.there(value)))
+        probability = _probability(queries, keys, tile, window, room)
+        _put(tile.here(mixed), probability @ values, kv_heads)
+    return mixed, kept
 
 
 @tiled_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, window: int) -> Tensor:
-    return _like(query)
+def _(query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, window: int, keep: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty(_kept_size(query, keep))
 
 
 @torch.library.custom_op("danlu::tiled_attention_backward", mutates_args=())
 def tiled_attention_backward(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, window: int
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, kept: Tensor, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `tiled_attention` for query, key and value; sums over tiles are kept in fp32."""
+    """Gradients of `tiled_attention` for query, key and value; sums over tiles are made in fp32."""
     kv_heads = key.shape[2]
-    queries, keys, values, upstream = (_by_head(x, kv_heads) for x in (query, key, value, gradient))
-    to_query = torch.zeros_like(queries)
-    to_key = torch.zeros(keys.shape, dtype=torch.float32)
-    to_value = torch.zeros(values.shape, dtype=torch.float32)
-    for tile in tiles.tolist():
-        rows, here, there = _slices(tile, kv_heads, query.shape[2] // kv_heads)
-        if rows.start == rows.stop:
-            continue
-        probability = _probability(queries[rows, here], keys[rows, there], tile, window)
-        to_value[rows, there] += torch.bmm(probability.transpose(1, 2), upstream[rows, here])
-        to_probability = torch.bmm(upstream[rows, here], values[rows, there].transpose(1, 2))
+    to_query = torch.zeros_like(query)
+    to_key, to_value = torch.zeros_like(key, dtype=torch.float32), torch.zeros_like(value, dtype=torch.float32)
+    for tile, room in _with_room(tiles, kept, query.shape[2]):
+        queries, upstream = (_matrices(tile.here(x), kv_heads) for x in (query, gradient))
+        keys, values = (_matrices(tile.there(x), kv_heads) for x in (key, value))
+        if room is None:
+            probability = _probability(queries, keys, tile, window, None)
+        else:
+            probability = room.view(len(queries), queries.shape[1], keys.shape[1])
+        to_probability = upstream @ values.mT
         to_score = torch._softmax_backward_data(to_probability, probability, -1, probability.dtype)
-        torch.bmm(to_score, keys[rows, there], out=to_query[rows, here])
-        to_key[rows, there] += torch.bmm(to_score.transpose(1, 2), queries[rows, here])
-    return (
-        _by_place(to_query, query.shape),
-        _by_place(to_key.to(key.dtype), key.shape),
-        _by_place(to_value.to(value.dtype), value.shape),
-    )
+        _put(tile.here(to_query), to_score @ keys, kv_heads)
+        _add(tile.there(to_key), to_score.mT @ queries, kv_heads)
+        _add(tile.there(to_value), probability.mT @ upstream, kv_heads)
+    return to_query, to_key.to(key.dtype), to_value.to(value.dtype)
 
 
 @tiled_attention_backward.register_fake
 def _(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, window: int
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, kept: Tensor, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(query), _like(key), _like(value)
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    query, key, value, tiles, window = inputs
-    ctx.save_for_backward(query, key, value, tiles)
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, tiles, window, _ = inputs
+    _, kept = output
+    ctx.save_for_backward(query, key, value, tiles, kept)
+    ctx.mark_non_differentiable(kept)
     ctx.window = window  # type: ignore[attr-defined]
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, value, tiles = ctx.saved_tensors  # type: ignore[attr-defined]
+def _backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    query, key, value, tiles, kept = ctx.saved_tensors  # type: ignore[attr-defined]
     window = ctx.window  # type: ignore[attr-defined]
-    return *tiled_attention_backward(gradient, query, key, value, tiles, window), None, None
+    return *tiled_attention_backward(gradient, query, key, value, tiles, kept, window), None, None, None
 
 
 tiled_attention.register_autograd(_backward, setup_context=_save)
 
 
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _kept_size(query: Tensor, keep: int) -> int:
+    batch, length, heads, _ = query.shape
+    return batch * length * heads * min(length, keep)
+
+
+def _with_room(tiles: Tensor, kept: Tensor, heads: int) -> Iterator[tuple[Tile, Tensor | None]]:
+    """Each tile, with its part of `kept` while there is room for all its probabilities."""
+    used = 0
+    for tile in map(Tile._make, tiles.tolist()):
+        end = used + heads * tile.pairs()
+        if used < end <= len(kept):
+            yield tile, kept[used:end]
+            used = end
+        elif used < end:
+            yield tile, None
 
 
 def _by_head(x: Tensor, kv_heads: int) -> Tensor:
-    """[B, T, heads, width] -> contiguous [B x kv_heads, T x group, width].
-
-    The heads that share a key head (a group, one for keys and values themselves) stand together at each place, so
-    the queries of a tile are one slice and one matrix.
-    """
-    batch, length, heads, width = x.shape
-    grouped = x.view(batch, length, kv_heads, heads // kv_heads, width).transpose(1, 2)
-    return grouped.reshape(batch * kv_heads, -1, width).contiguous()
+    """[rows, places, heads, width] seen as [rows, kv_heads, places, group, width]; a group shares its keys."""
+    rows, places, heads, width = x.shape
+    return x.view(rows, places, kv_heads, heads // kv_heads, width).transpose(1, 2)
 
 
-def _by_place(x: Tensor, shape: torch.Size) -> Tensor:
-    """The way back from `_by_head`, to [B, T, heads, width]."""
-    batch, length, heads, width = shape
-    kv_heads = len(x) // batch
-    return x.view(batch, kv_heads, length, heads // kv_heads, width).transpose(1, 2).reshape(shape).contiguous()
+def _matrices(x: Tensor, kv_heads: int) -> Tensor:
+    """[rows, places, heads, width] -> contiguous [rows x kv_heads, places x group, width]."""
+    return _by_head(x, kv_heads).reshape(len(x) * kv_heads, -1, x.shape[-1])
 
 
-def _slices(tile: list[int], kv_heads: int, group: int) -> tuple[slice, slice, slice]:
-    """Where a tile's rows, queries and keys lie in what `_by_head` returns."""
-    row, row_end, query, query_end, key = tile
-    return slice(row * kv_heads, row_end * kv_heads), slice(query * group, query_end * group), slice(key, query_end)
+def _put(x: Tensor, matrices: Tensor, kv_heads: int) -> None:
+    """Write what has the form of `_matrices(x)` to x."""
+    place = _by_head(x, kv_heads)
+    place.copy_(matrices.view(place.shape))
 
 
-def _probability(queries: Tensor, keys: Tensor, tile: list[int], window: int) -> Tensor:
-    """softmax(query key^T) of one tile, [rows x kv_heads, queries x group, keys]."""
-    _, _, first_query, end_query, first_key = tile
-    count = end_query - first_query
+def _add(x: Tensor, matrices: Tensor, kv_heads: int) -> None:
+    """Add what has the form of `_matrices(x)` to x."""
+    place = _by_head(x, kv_heads)
+    place.add_(matrices.view(place.shape))
+
+
+def _probability(queries: Tensor, keys: Tensor, tile: Tile, window: int, room: Tensor | None) -> Tensor:
+    """softmax(query key^T) of one tile, [rows x kv_heads, queries x group, keys], in `room` if there is some."""
+    count = tile.query_end - tile.query
     group = queries.shape[1] // count
-    score = torch.bmm(queries, keys.transpose(1, 2))
+    score = queries @ keys.mT
     # Only the last `count` keys can lie ahead of a query; only the first can lie behind its window.
     score[..., -count:].add_(_ahead(count, group, score.dtype))
     if window:
-        distance = torch.arange(first_query, end_query)[:, None] - torch.arange(first_key, end_query)[None, :]
+        distance = torch.arange(tile.query, tile.query_end)[:, None] - torch.arange(tile.key, tile.query_end)
         score.masked_fill_((distance >= window).repeat_interleave(group, 0), float("-inf"))
-    return torch.softmax(score, -1)
+    return torch.softmax(score, -1, out=None if room is None else room.view(score.shape))
 
 
 @cache

@@ -33,11 +33,16 @@ class Decoder(nn.Module):
 
     `forward` ends at the last norm; `logits` applies the head. They are apart because training never needs all
     logits at once (see `danlu.model.loss`).
+
+    Attributes:
+        keep_probabilities: on a CPU, attention probabilities kept for the backward pass, on average a query and head;
+            the others are computed again. 0 needs the least memory, more takes less time.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.keep_probabilities = 0
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_epsilon)
@@ -81,7 +86,9 @@ class Decoder(nn.Module):
         elif positions is None:
             self._check_context(length)
             positions = torch.arange(length, device=tokens.device).expand(batch, length)
-        see = sight(self.config, positions, segments, None if cache is None else cache.length)
+        see = sight(
+            self.config, positions, segments, None if cache is None else cache.length, self.keep_probabilities
+        )
         x = self.embedding(tokens)
         for number, block in enumerate(self.blocks):
             x = block(x, see, None if cache is None else cache.layers[number])

@@ -30,6 +30,10 @@ from danlu.train.precision import choose_precision
 from danlu.train.schedule import learning_rate
 from danlu.train.settings import TuneSettings
 
+# Attention probabilities to keep, a query and head, while adapters learn: without masters and moments of all weights
+# there is memory to spare. 320 are all of them in rows of 512 tokens.
+KEEP_PROBABILITIES = 320
+
 
 def tune(settings: TuneSettings, base: Checkpoint, data: Path, out: Path, seed: int) -> Figures:
     """Teach a model the training rows.
@@ -106,6 +110,7 @@ def prepare(settings: TuneSettings, base: Checkpoint, dtype: torch.dtype, seed: 
     if settings.method == "full":
         return base.load(torch.float32)
     model = base.load(dtype)
+    model.keep_probabilities = KEEP_PROBABILITIES
     add_lora(
         model, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, targets=settings.targets, seed=seed
     )

@@ -29,25 +29,26 @@ def by_mask(query, key, value, segments, window):
 
 @st.composite
 def cases(draw):
-    length = draw(st.integers(1, 200))
+    length = draw(st.integers(1, 300))
     rows = draw(st.integers(1, 3))
     cuts = [sorted(draw(st.sets(st.integers(1, max(length - 1, 1)), max_size=4))) for _ in range(rows)]
     segments = torch.stack(
         [sum((torch.arange(length) >= cut).int() for cut in row) + torch.ones(length) for row in cuts]
     )
     packed = draw(st.booleans())
-    return length, rows, segments.int() if packed else None, draw(st.sampled_from([None, 1, 7, 64, 500]))
+    window, keep = draw(st.sampled_from([None, 1, 7, 64, 500])), draw(st.sampled_from([0, 1, 40, 1000]))
+    return length, rows, segments.int() if packed else None, window, keep
 
 
 @settings(max_examples=40, deadline=None)
 @given(cases())
 def test_equals_masked_attention_with_gradients(case):
-    length, rows, segments, window = case
+    length, rows, segments, window, keep = case
     generator = torch.Generator().manual_seed(length)
     inputs = [torch.randn(rows, length, heads, 8, generator=generator).requires_grad_() for heads in (4, 2, 2)]
     upstream = torch.randn(rows, length, 4, 8, generator=generator)
     tiles = make_tiles(rows, length, segments, window)
-    ours = tiled_attention(*inputs, tiles, window or 0)
+    ours, _ = tiled_attention(*inputs, tiles, window or 0, keep)
     theirs = by_mask(*inputs, segments, window or 0)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     for mine, other in zip(
@@ -59,15 +60,10 @@ def test_equals_masked_attention_with_gradients(case):
 def test_padding_is_skipped_and_gets_no_gradient():
     segments = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]], dtype=torch.int32)
     inputs = [torch.randn(2, 5, heads, 4, requires_grad=True) for heads in (2, 1, 1)]
-    mixed = tiled_attention(*inputs, make_tiles(2, 5, segments, None), 0)
+    mixed, _ = tiled_attention(*inputs, make_tiles(2, 5, segments, None), 0, 0)
     assert mixed[0, 3:].abs().sum() == 0 and mixed[1].abs().sum() == 0
     for gradient in torch.autograd.grad(mixed.sum(), inputs):
         assert gradient[0, 3:].abs().sum() == 0 and gradient[1].abs().sum() == 0
-
-
-def test_is_a_sound_operator():
-    inputs = [torch.randn(1, 6, heads, 4, requires_grad=True) for heads in (2, 1, 1)]
-    torch.library.opcheck(tiled_attention, (*inputs, make_tiles(1, 6, None, None), 0))
 
 
 def tiny(**changes) -> Decoder:
@@ -107,14 +103,26 @@ def test_too_long_is_refused_with_both_numbers():
         model(torch.zeros(1, 5, dtype=torch.int64), cache=model.new_cache(1, 4))
 
 
-def test_what_the_compiler_is_told_of_the_operator_is_true():
-    query, key = torch.randn(2, 70, 6, 8, requires_grad=True), torch.randn(2, 70, 3, 8, requires_grad=True)
-    value = torch.randn(2, 70, 3, 8, requires_grad=True)
-    torch.library.opcheck(tiled_attention, (query, key, value, make_tiles(2, 70, None, None), 0))
+@pytest.mark.parametrize(("length", "keep"), [(6, 0), (150, 0), (128, 128)])  # what is kept must be whole to be compared
+def test_what_the_compiler_is_told_of_the_operator_is_true(length, keep):
+    inputs = [torch.randn(2, length, heads, 8, requires_grad=True) for heads in (6, 3, 3)]
+    torch.library.opcheck(tiled_attention, (*inputs, make_tiles(2, length, None, None), 0, keep))
 
 
 def test_neighbouring_rows_that_lie_alike_share_tiles():
-    segments = torch.tensor([[1] * 60 + [2] * 40, [1] * 60 + [2] * 40, [1] * 100]).int()
-    tiles = [tuple(tile) for tile in make_tiles(3, 100, segments, None).tolist()]
-    shared = [(0, 2, 0, 60, 0), (0, 2, 60, 100, 60)]
-    assert tiles == [*shared, (2, 3, 0, 64, 0), (2, 3, 64, 100, 0), (0,) * 5, (0,) * 5]
+    segments = torch.tensor([[1] * 60 + [2] * 100, [1] * 60 + [2] * 100, [1] * 160]).int()
+    tiles = [tuple(tile) for tile in make_tiles(3, 160, segments, None).tolist()]
+    shared = [(0, 2, 0, 60, 0), (0, 2, 60, 160, 60)]
+    assert tiles == [*shared, (2, 3, 0, 128, 0), (2, 3, 128, 160, 0), (0,) * 5, (0,) * 5]
+
+
+def test_kept_probabilities_change_no_bit():
+    query, key, value = (torch.randn(2, 300, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    tiles = make_tiles(2, 300, None, None)
+    gradients = []
+    for keep, kept in [(0, 0), (64, 64), (300, 300), (9999, 300)]:
+        mixed, probabilities = tiled_attention(query, key, value, tiles, 0, keep)
+        assert probabilities.numel() == 2 * 300 * 4 * kept
+        gradients.append(torch.autograd.grad(mixed.square().sum(), (query, key, value)))
+    for others in gradients[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(gradients[0], others, strict=True))

@@ -35,6 +35,15 @@ def test_value_and_gradients_equal_the_plain_loss():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_targets_too_unlikely_for_a_float_keep_their_loss():
+    hidden, weight, targets = case()
+    hidden = (hidden.detach() * 100).requires_grad_()
+    ours = linear_cross_entropy(hidden, weight, targets)
+    plain = F.cross_entropy(hidden @ weight.T, targets, reduction="sum", ignore_index=-100)
+    assert plain / 61 > 200  # exp(-200) is 0 in fp32
+    torch.testing.assert_close(ours.float(), plain, rtol=1e-6, atol=1e-4)
+
+
 def test_a_frozen_head_gets_no_gradient():
     hidden, weight, targets = case()
     linear_cross_entropy(hidden, weight.requires_grad_(False), targets).backward()
