@@ -86,9 +86,7 @@ class Decoder(nn.Module):
         elif positions is None:
             self._check_context(length)
             positions = torch.arange(length, device=tokens.device).expand(batch, length)
-        see = sight(
-            self.config, positions, segments, None if cache is None else cache.length, self.keep_probabilities
-        )
+        see = sight(self.config, positions, segments, None if cache is None else cache.length, self.keep_probabilities)
         x = self.embedding(tokens)
         for number, block in enumerate(self.blocks):
             x = block(x, see, None if cache is None else cache.layers[number])

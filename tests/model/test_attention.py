@@ -103,8 +103,9 @@ def test_too_long_is_refused_with_both_numbers():
         model(torch.zeros(1, 5, dtype=torch.int64), cache=model.new_cache(1, 4))
 
 
-@pytest.mark.parametrize(("length", "keep"), [(6, 0), (150, 0), (128, 128)])  # what is kept must be whole to be compared
+@pytest.mark.parametrize(("length", "keep"), [(6, 0), (150, 0), (128, 128)])
 def test_what_the_compiler_is_told_of_the_operator_is_true(length, keep):
+    # What is kept is compared too, so it has to be whole: none, or all of one tile.
     inputs = [torch.randn(2, length, heads, 8, requires_grad=True) for heads in (6, 3, 3)]
     torch.library.opcheck(tiled_attention, (*inputs, make_tiles(2, length, None, None), 0, keep))
 

@@ -14,6 +14,7 @@ from danlu.model.loss import linear_cross_entropy, token_losses
 def small_chunks(monkeypatch):
     monkeypatch.setattr(module, "CHUNK_LOGITS", 16 * 300)
     monkeypatch.setattr(module, "PART_LOGITS", 3 * 300)
+    monkeypatch.setattr(module, "WORDS", 128)
 
 
 def case(rows=70, ignored=9, dtype=torch.float32):
