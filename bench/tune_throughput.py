@@ -160,7 +160,7 @@ class Child:
 
 
 def compare(method: str, rounds: int) -> dict[str, Any]:
-    """Both sides of one method, step by step in turn."""
+    """Both sides of one method, in turns of a few steps."""
     first: dict[str, dict[str, float]] = {}
     counted: dict[str, list[dict[str, float]]] = {"danlu": [], "peer": []}
     with tempfile.TemporaryDirectory() as cache:
