@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 from itertools import groupby, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -131,17 +131,17 @@ def _(
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     query, key, value, tiles, window, _ = inputs
     _, kept = output
     ctx.save_for_backward(query, key, value, tiles, kept)
     ctx.mark_non_differentiable(kept)
-    ctx.window = window  # type: ignore[attr-defined]
+    ctx.window = window
 
 
-def _backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    query, key, value, tiles, kept = ctx.saved_tensors  # type: ignore[attr-defined]
-    window = ctx.window  # type: ignore[attr-defined]
+def _backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    query, key, value, tiles, kept = ctx.saved_tensors
+    window = ctx.window
     return *tiled_attention_backward(gradient, query, key, value, tiles, kept, window), None, None, None
 
 
