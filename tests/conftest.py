@@ -50,7 +50,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
     torch.manual_seed(1)
     model = Decoder(ModelConfig(vocab_size=tokenizer.vocab_size, context=512, tied=True, **shape))
     with torch.no_grad():
-        model.embedding.weight.mul_(0.05)  # near-uniform guesses, as a fresh model should make
+        model.embedding.tokens.weight.mul_(0.05)  # near-uniform guesses, as a fresh model should make
     out = tmp_path_factory.mktemp("tiny") / "base"
     save_checkpoint(model, tokenizer, out)
     return out

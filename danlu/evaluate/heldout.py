@@ -69,7 +69,7 @@ def score(model: Decoder, rows: Rows, chosen: NDArray[np.int64], label: str = "h
     Raises DanluError where a token is outside the model's vocabulary.
     """
     at_once = max(1, TOKENS_AT_ONCE // rows.window)
-    device = model.embedding.weight.device
+    device = model.device
     parts: list[Heldout] = []
     with torch.inference_mode(), progress(label, len(chosen) * rows.window, "tokens") as tick:
         for start in range(0, len(chosen), at_once):

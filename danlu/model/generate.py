@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from danlu.errors import DanluError
-from danlu.model.attention import Cache
 from danlu.model.transformer import Decoder
 
 
@@ -84,7 +83,7 @@ def _generate(
     given = prompt
     for _ in range(count):
         with torch.inference_mode():  # not across the yield: it would leak into the caller
-            hidden = model(torch.tensor([given], device=model.head_weight.device), cache=cache)
+            hidden = model(torch.tensor([given], device=model.device), cache=cache)
             token = choose(model.logits(hidden[0, -1]))
         if token in stop_ids:
             return
@@ -95,7 +94,7 @@ def _generate(
 def _generate_batch(
     model: Decoder, prompts: list[list[int]], max_new_tokens: int, stop_ids: frozenset[int]
 ) -> list[list[int]]:
-    device = model.head_weight.device
+    device = model.device
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     longest = int(lengths.max())
     padded = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
@@ -114,16 +113,9 @@ def _generate_batch(
             break
         if len(going) < len(rows):
             rows = [rows[place] for place in going]
-            _keep(cache, torch.tensor(going, device=device))
+            cache.keep(torch.tensor(going, device=device))
         last = model(torch.tensor([[tokens[place]] for place in going], device=device), cache=cache)[:, -1]
     return answers
-
-
-def _keep(cache: Cache, rows: Tensor) -> None:
-    """Drop the other rows: a finished answer should not cost time."""
-    for layer in cache.layers:
-        layer.keys, layer.values = layer.keys[rows], layer.values[rows]
-    cache.lengths = cache.lengths[rows]
 
 
 def _sample(scores: Tensor, top_k: int, top_p: float, draw: torch.Generator) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +22,10 @@ from danlu.console import warn
 from danlu.errors import DanluError
 from danlu.gguf_header import Header, TensorPlace
 from danlu.model.config import ModelConfig
-from danlu.model.families.family import Family, translate
-from danlu.model.families.llama import FAMILIES, GGUF_WEIGHTS, family_for
+from danlu.model.families.family import Family
+from danlu.model.families.known import family_for
 from danlu.model.families.metadata import read_metadata, rope_factors, write_metadata
+from danlu.model.names import Place
 from danlu.model.stored import Stored, Weights
 from danlu.model.transformer import Decoder
 from danlu.tokenizer import Tokenizer
@@ -38,30 +40,45 @@ ROPE_FACTORS = "rope_freqs.weight"
 PIECE = 2**22  # numbers dequantised at once; several fp32 copies of them are alive meanwhile
 
 
-def read_config(header: Header) -> ModelConfig:
-    """The configuration of the model in a file; DanluError where Danlu does not compute it, or data is cut off."""
+def read_config(header: Header) -> tuple[Family, ModelConfig]:
+    """The family and configuration of the model in a file.
+
+    Raises DanluError where Danlu does not compute it, or data is cut off.
+    """
     if (header.find("split.count", int) or 1) > 1:
         raise DanluError("is one part of several", where=header.path, fix="join them: llama-gguf-split --merge")
     _check_whole(header)
     factors = next((tensor for tensor in header.tensors if tensor.name == ROPE_FACTORS), None)
-    return read_metadata(header, None if factors is None else _read(header.path, factors, torch.float32).tolist())
+    config = read_metadata(header, None if factors is None else _read(header.path, factors, torch.float32).tolist())
+    return family_for(config), config
 
 
-def stored_weights(header: Header, config: ModelConfig) -> Weights:
+def stored_weights(header: Header, family: Family, config: ModelConfig) -> Weights:
     """The weights in a file; DanluError for a tensor that has no place in the model."""
-    names = {theirs: ours for ours, theirs in GGUF_WEIGHTS.items()}
-    neighbours = _family(header).neighbours
-    found = {}
+    names = family.gguf_names
+    weights = {}
     for tensor in header.tensors:
         if tensor.name == ROPE_FACTORS:
             continue  # part of the configuration
-        name = translate(tensor.name, names)
-        if name is None:
+        found = names.ours(tensor.name)
+        if not found:
             raise DanluError(f"the tensor {tensor.name} is not known", where=header.path)
-        heads = _rotated_heads(name, config) if neighbours else None
-        read = partial(_read, header.path, tensor, heads=heads)
-        found[name] = Stored(tensor.name, header.path, tensor.shape, read)
-    return Weights(header.path, GGUF_WEIGHTS, found)
+        for ours in found:
+            heads = _rotated_heads(ours.ours, config) if family.neighbours else None
+            shape = ours.place.shape(tensor.shape) or tensor.shape
+            read = partial(_read_weight, header.path, tensor, ours.place, heads)
+            weights[ours.ours] = Stored(tensor.name, header.path, shape, read)
+    return Weights(header.path, names, weights)
+
+
+def _read_weight(path: Path, tensor: TensorPlace, place: Place, heads: int | None, dtype: torch.dtype) -> Tensor:
+    """One weight of ours. `heads`: the rows of so many heads go from neighbours to halves."""
+    if place.plus:
+        return place.take(_read(path, tensor, torch.float32)).to(dtype)
+    own = place.take(_read(path, tensor, dtype))
+    if place.parts > 1:
+        own = own.clone()  # a view would hold on to the other parts
+    return own if heads is None else _to_halves(own, heads)
 
 
 def write_gguf(model: Decoder, tokenizer: Tokenizer, out: Path, dtype: Type = "f32") -> None:
@@ -88,15 +105,17 @@ def write_gguf(model: Decoder, tokenizer: Tokenizer, out: Path, dtype: Type = "f
         for key, value in metadata.items():
             _add(writer, key, value)
         weights = _weights_out(model, family)
-        for name, weight, _ in weights:
-            kind = _kind(weight, dtype)
-            size = weight.numel() * kind.itemsize
-            writer.add_tensor_info(name, tuple(weight.shape), np.dtype(np.float32), size, _ggml_type(kind))
+        for out_tensor in weights:
+            kind = _kind(out_tensor, dtype)
+            size = math.prod(out_tensor.shape) * kind.itemsize
+            writer.add_tensor_info(
+                out_tensor.name, out_tensor.shape, np.dtype(np.float32), size, _ggml_type(kind)
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name, weight, heads in weights:
-            writer.write_tensor_data(_bytes(name, weight, _kind(weight, dtype), heads))
+        for out_tensor in weights:
+            writer.write_tensor_data(_bytes(out_tensor, _kind(out_tensor, dtype)))
         writer.flush()
         writer.close()
         sync(aside)
@@ -132,35 +151,58 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def _weights_out(model: Decoder, family: Family) -> list[tuple[str, Tensor, int | None]]:
-    """GGUF name, weight, and the number of heads whose features must change places."""
-    made: list[tuple[str, Tensor, int | None]] = []
-    for name, weight in model.state_dict().items():
-        theirs = translate(name, GGUF_WEIGHTS)
-        if theirs is None:
-            raise DanluError(f"GGUF has no name for the weight {name}", fix="merge adapters before writing")
-        made.append((theirs, weight, _rotated_heads(name, model.config) if family.neighbours else None))
+@dataclass(frozen=True)
+class _Out:
+    """A tensor to write: its parts are joined, and brought into GGUF's order, only when it is its turn."""
+
+    name: str
+    place: Place
+    parts: list[Tensor]
+    heads: int | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(len(part) for part in self.parts), *self.parts[0].shape[1:])
+
+    def make(self) -> Tensor:
+        parts = [part if self.heads is None else _to_neighbours(part, self.heads) for part in self.parts]
+        return self.place.put(parts)
+
+
+def _weights_out(model: Decoder, family: Family) -> list[_Out]:
+    weights = model.state_dict()
+    heads = {
+        family.gguf_names.theirs(name): _rotated_heads(name, model.config) if family.neighbours else None
+        for name in weights
+    }
+    try:
+        made = [
+            _Out(name, place, parts, heads[name]) for name, place, parts in family.gguf_names.outward(weights)
+        ]
+    except KeyError as error:
+        what = f"GGUF has no name for the weight {error.args[0]}"
+        raise DanluError(what, fix="merge adapters before writing") from None
     factors = rope_factors(model.config)
     if factors is not None:
-        made.append((ROPE_FACTORS, torch.tensor(factors), None))
+        made.append(_Out(ROPE_FACTORS, Place(ROPE_FACTORS, bare=True), [torch.tensor(factors)], None))
     return made
 
 
-def _kind(weight: Tensor, dtype: Type) -> torch.dtype:
-    return TYPES[dtype][0] if weight.dim() > 1 else torch.float32
+def _kind(tensor: _Out, dtype: Type) -> torch.dtype:
+    # llama.cpp reads norms, biases and routers in fp32.
+    small = len(tensor.shape) == 1 or tensor.name.endswith("ffn_gate_inp.weight")
+    return torch.float32 if small else TYPES[dtype][0]
 
 
 def _ggml_type(kind: torch.dtype) -> gguf.GGMLQuantizationType:
     return next(theirs for ours, theirs, _ in TYPES.values() if ours == kind)
 
 
-def _bytes(name: str, weight: Tensor, kind: torch.dtype, heads: int | None) -> np.ndarray:
+def _bytes(tensor: _Out, kind: torch.dtype) -> np.ndarray:
     """The weight as it is written; numpy has no bfloat16, so bits are handed over."""
-    if heads is not None:
-        weight = _to_neighbours(weight, heads)
-    made = weight.detach().to("cpu", kind).contiguous()
+    made = tensor.make().detach().to("cpu", kind).contiguous()
     if kind == torch.float16 and made.isinf().any():
-        raise DanluError(f"{name} holds numbers that fp16 cannot (beyond 65,504)", fix="write bf16 or f32")
+        raise DanluError(f"{tensor.name} holds numbers that fp16 cannot (beyond 65,504)", fix="write bf16 or f32")
     return made.view(torch.uint8).numpy()
 
 
@@ -178,11 +220,6 @@ def _to_neighbours(weight: Tensor, heads: int) -> Tensor:
 def _to_halves(weight: Tensor, heads: int) -> Tensor:
     """The way back."""
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-
-def _family(header: Header) -> Family:
-    arch = header.need("general.architecture", str)
-    return next(family for family in FAMILIES if family.gguf == arch)
 
 
 @cache
@@ -216,8 +253,8 @@ def _check_whole(header: Header) -> None:
             raise DanluError(what, where=header.path, fix="download or export it again")
 
 
-def _read(path: Path, tensor: TensorPlace, dtype: torch.dtype, heads: int | None = None) -> Tensor:
-    """One tensor, dequantised. `heads`: the rows of so many heads go from neighbours to halves."""
+def _read(path: Path, tensor: TensorPlace, dtype: torch.dtype) -> Tensor:
+    """One tensor, dequantised."""
     kind = gguf.GGMLQuantizationType(tensor.type)
     made = torch.empty(tensor.shape, dtype=dtype)
     rows = made.view(-1, tensor.shape[-1])
@@ -229,4 +266,4 @@ def _read(path: Path, tensor: TensorPlace, dtype: torch.dtype, heads: int | None
             count = min(step, len(rows) - start)
             piece = np.fromfile(file, np.uint8, count * row_bytes).reshape(count, row_bytes)
             rows[start : start + count] = torch.from_numpy(gguf.dequantize(piece, kind))
-    return made if heads is None else _to_halves(made, heads)
+    return made

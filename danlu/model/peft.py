@@ -6,15 +6,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from danlu.artifact import write_json
-from danlu.model.families.family import translate
-from danlu.model.families.llama import WEIGHTS
+from danlu.model.families.known import family_for
 from danlu.model.lora import adapters
+from danlu.model.transformer import Model
 
 
-def save_adapter(model: nn.Module, out: Path, *, rank: int, alpha: float, dropout: float, base: str) -> None:
+def save_adapter(model: Model, out: Path, *, rank: int, alpha: float, dropout: float, base: str) -> None:
     """Write adapter_model.safetensors (fp32) and adapter_config.json into `out`.
 
     Args:
@@ -24,8 +23,9 @@ def save_adapter(model: nn.Module, out: Path, *, rank: int, alpha: float, dropou
     out.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     layers = []
+    names = family_for(model.config).names
     for name, adapter in adapters(model):
-        theirs = translate(f"{name}.weight", WEIGHTS)
+        theirs = names.theirs(f"{name}.weight")
         assert theirs is not None, name
         layer = theirs.removesuffix(".weight")
         layers.append(layer)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from danlu.errors import DanluError
-from danlu.model.config import ModelConfig
-from danlu.model.families.family import translate
-from danlu.model.transformer import Decoder
+from danlu.model.config import AnyConfig, EncoderDecoderConfig, ModelConfig
+from danlu.model.names import Names
+from danlu.model.transformer import Model, make_model
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor on disk.
+    """One weight on disk.
 
     Attributes:
         name: its name in the file.
@@ -38,17 +38,17 @@ class Weights:
 
     Attributes:
         path: the checkpoint, named where a weight is missing.
-        names: the table of our weights' names and the format's.
+        names: our weights' names and the format's.
         found: our name of each weight -> where it lies.
     """
 
     path: Path
-    names: Mapping[str, str]
+    names: Names
     found: Mapping[str, Stored]
 
 
-def build(config: ModelConfig, stored: Weights, dtype: torch.dtype, device: torch.device | str) -> Decoder:
-    """A decoder filled from disk, one tensor at a time; no memory is taken for weights before they are checked.
+def build(config: AnyConfig, stored: Weights, dtype: torch.dtype, device: torch.device | str) -> Model:
+    """A model filled from disk, one tensor at a time; no memory is taken for weights before they are checked.
 
     Args:
         config: its shape.
@@ -65,14 +65,13 @@ def build(config: ModelConfig, stored: Weights, dtype: torch.dtype, device: torc
     return model
 
 
-def check(config: ModelConfig, stored: Weights) -> None:
-    """Compare names and shapes with what the model needs, before anything is read or a single layer is built."""
-    needed = set()
-    for name, shape in _needed(config, stored):
-        needed.add(name)
+def check(config: AnyConfig, stored: Weights) -> None:
+    """Compare names and shapes with what the model needs, before anything is read."""
+    needed = _needed(config, stored)
+    for name, shape in needed.items():
         found = stored.found.get(name)
         if found is None:
-            what = f"{translate(name, stored.names)} of shape {list(shape)} is missing"
+            what = f"{stored.names.theirs(name) or name} of shape {list(shape)} is missing"
             raise DanluError(
                 what, where=stored.path, fix="the file is incomplete, or its configuration another model's"
             )
@@ -88,22 +87,27 @@ def check(config: ModelConfig, stored: Weights) -> None:
             )
 
 
-def _needed(config: ModelConfig, stored: Weights) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every weight, layer by layer: a damaged number of layers costs neither time nor memory."""
+def _needed(config: AnyConfig, stored: Weights) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight. A damaged number of layers costs neither time nor memory."""
+    layers = sum(stack.layers for stack in stacks(config))
+    if layers > len(stored.found):
+        what = f"the configuration has {layers:,} layers, but the file only {len(stored.found):,} weights: some are missing"
+        raise DanluError(what, where=stored.path, fix="the file is incomplete, or its configuration another model's")
     try:
-        one = _without_memory(replace(config, layers=1)).state_dict()
+        return {name: tuple(weight.shape) for name, weight in _without_memory(config).state_dict().items()}
     except (RuntimeError, TypeError, OverflowError):
         raise DanluError("the configuration describes a model of impossible size", where=stored.path) from None
-    first = "blocks.0."
-    for name, weight in one.items():
-        if not name.startswith(first):
-            yield name, tuple(weight.shape)
-    for layer in range(config.layers):
-        for name, weight in one.items():
-            if name.startswith(first):
-                yield f"blocks.{layer}.{name.removeprefix(first)}", tuple(weight.shape)
 
 
-def _without_memory(config: ModelConfig) -> Decoder:
+def stacks(config: AnyConfig) -> tuple[ModelConfig, ...]:
+    """The stacks of a model."""
+    if isinstance(config, ModelConfig):
+        return (config,)
+    if isinstance(config, EncoderDecoderConfig):
+        return config.encoder, config.decoder
+    return config.text, config.image
+
+
+def _without_memory(config: AnyConfig) -> Model:
     with torch.device("meta"):
-        return Decoder(config)
+        return make_model(config)

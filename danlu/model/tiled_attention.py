@@ -1,4 +1,4 @@
-"""Exact causal attention for CPUs, tile by tile, as plain matrix products.
+"""Exact attention for CPUs, tile by tile, as plain matrix products.
 
 On a CPU the library's fused attention runs at a fifth of the matrix-product rate; the same work written as batched
 products of one tile of queries with the keys it may see runs at nearly the full rate, and skips what the causal
@@ -21,13 +21,15 @@ QUERIES = 128  # queries a tile: fewer skip more of the hidden half, more feed t
 
 
 class Tile(NamedTuple):
-    """Queries of neighbouring rows, and the keys from `key` up to each query's own place that they may see."""
+    """Queries of neighbouring rows and the keys that they may see: all, or if `causal` those up to their own place."""
 
     row: int
     row_end: int
     query: int
     query_end: int
     key: int
+    key_end: int
+    causal: int
 
     def here(self, x: Tensor) -> Tensor:
         """The places of the queries in x, [B, T, heads, width]."""
@@ -35,31 +37,51 @@ class Tile(NamedTuple):
 
     def there(self, x: Tensor) -> Tensor:
         """The places of the keys in x, [B, T, kv_heads, width]."""
-        return x[self.row : self.row_end, self.key : self.query_end]
+        return x[self.row : self.row_end, self.key : self.key_end]
 
     def pairs(self) -> int:
         """Pairs of a query and a key, for one head."""
-        return (self.row_end - self.row) * (self.query_end - self.query) * (self.query_end - self.key)
+        return (self.row_end - self.row) * (self.query_end - self.query) * (self.key_end - self.key)
 
 
-def make_tiles(batch: int, length: int, segments: Tensor | None, window: int | None) -> Tensor:
-    """Cut a batch into tiles: int64 [n, 5], a `Tile` a line.
+def make_tiles(
+    batch: int,
+    length: int,
+    segments: Tensor | None,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    prefix: Tensor | None = None,
+) -> Tensor:
+    """Cut a batch into tiles: int64 [n, 7], a `Tile` a line.
 
-    The queries of a tile see keys from its first key up to their own place (and no further back than `window`).
-    Padding (segment 0) is in no tile. Neighbouring rows whose documents lie alike share tiles: larger products.
+    The queries of a tile see the keys of its document: all of them, or if `causal` those up to their own place and no
+    further back than `window`, and the document's first `prefix` in any case. Padding (segment 0) is in no tile.
+    Neighbouring rows whose documents lie alike share tiles: larger products.
+
+    Args:
+        batch, length: the size of the batch.
+        segments: int32 [B, T], the document of each place; None for one a row.
+        causal, window: see above.
+        prefix: int64 [B], how many places at the start of each document see each other whatever comes first.
     """
     rows = [[(0, length)]] * batch if segments is None else [_runs(numbers) for numbers in segments.cpu().numpy()]
-    tiles = []
+    heads = [0] * batch if prefix is None else prefix.tolist()
+    tiles: list[Tile] = []
     row = 0
-    for spans, alike in groupby(rows):
+    for (spans, head), alike in groupby(zip(rows, heads, strict=True)):
         row_end = row + len(list(alike))
         for first, end in spans:
-            for query in range(first, end, QUERIES):
+            known = min(first + head, end) if causal else end
+            for query in range(first, known, QUERIES):
+                tiles.append(Tile(row, row_end, query, min(query + QUERIES, known), first, known, 0))
+            for query in range(known, end, QUERIES):
                 key = first if window is None else max(first, query - window + 1)
-                tiles.append((row, row_end, query, min(query + QUERIES, end), key))
+                last = min(query + QUERIES, end)
+                tiles.append(Tile(row, row_end, query, last, key, last, 1))
         row = row_end
     # Two empty tiles keep the number of tiles from being 0 or 1, which torch.compile would treat as special.
-    return torch.tensor([*tiles, (0, 0, 0, 0, 0), (0, 0, 0, 0, 0)], dtype=torch.int64)
+    return torch.tensor([*tiles, [0] * 7, [0] * 7], dtype=torch.int64)
 
 
 def _runs(numbers: np.ndarray) -> list[tuple[int, int]]:
@@ -193,10 +215,11 @@ def _probability(queries: Tensor, keys: Tensor, tile: Tile, window: int, room: T
     count = tile.query_end - tile.query
     group = queries.shape[1] // count
     score = queries @ keys.mT
-    # Only the last `count` keys can lie ahead of a query; only the first can lie behind its window.
-    score[..., -count:].add_(_ahead(count, group, score.dtype))
-    if window:
-        distance = torch.arange(tile.query, tile.query_end)[:, None] - torch.arange(tile.key, tile.query_end)
+    if tile.causal:
+        # Only the last `count` keys can lie ahead of a query; only the first can lie behind its window.
+        score[..., -count:].add_(_ahead(count, group, score.dtype))
+    if tile.causal and window:
+        distance = torch.arange(tile.query, tile.query_end)[:, None] - torch.arange(tile.key, tile.key_end)
         score.masked_fill_((distance >= window).repeat_interleave(group, 0), float("-inf"))
     return torch.softmax(score, -1, out=None if room is None else room.view(score.shape))
 

@@ -1,38 +1,84 @@
-"""The decoder: an embedding, a stack of pre-norm blocks, a norm, and a head."""
+"""The bodies: a decoder, an encoder, an encoder with a decoder, and a pair of encoders. All are stacks of one block."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from danlu.errors import DanluError
-from danlu.model.attention import Attention, Cache, LayerCache, Sight, sight
-from danlu.model.config import ModelConfig
+from danlu.model.attention import Attention, Cache, LayerCache
+from danlu.model.config import EncoderDecoderConfig, ModelConfig, PairConfig, Relative
+from danlu.model.embedding import PatchEmbedding, TextEmbedding
 from danlu.model.feedforward import FeedForward
-from danlu.model.norm import RMSNorm
+from danlu.model.head import LabelHead, WordHead, make_head
+from danlu.model.mixture import Mixture, Routing
+from danlu.model.norm import make_norm
+from danlu.model.position import RelativeBias
+from danlu.model.sight import Batch, Sight, cross_sight, self_sight
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feedforward(norm(x))."""
+    """Attention, perhaps attention over another stack's output, and a feed-forward, each added to the stream."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.width, config.norm_epsilon)
+        before, after = config.norm_place != "post", config.norm_place != "pre"
+        self.attention_norm = make_norm(config) if before else None
         self.attention = Attention(config)
-        self.feedforward_norm = RMSNorm(config.width, config.norm_epsilon)
-        self.feedforward = FeedForward(config)
+        self.attention_norm_after = make_norm(config) if after else None
+        self.cross_norm = make_norm(config) if config.cross else None
+        self.cross = Attention(config, cross=True) if config.cross else None
+        self.feedforward_norm = make_norm(config) if before else None
+        if config.experts is not None and config.has_experts(layer):
+            self.feedforward: nn.Module = Mixture(config, config.experts)
+        else:
+            self.feedforward = FeedForward(config)
+        self.feedforward_norm_after = make_norm(config) if after else None
+        self.post = config.norm_place == "post"
+        self.dropout, self.scale = config.dropout, config.residual_scale
+        self.drop_path = config.drop_path * layer / max(config.layers - 1, 1)
 
-    def forward(self, x: Tensor, see: Sight, cache: LayerCache | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), see, cache)
-        return x + self.feedforward(self.feedforward_norm(x))
+    def forward(
+        self,
+        x: Tensor,
+        see: Sight,
+        cache: LayerCache | None = None,
+        memory: Tensor | None = None,
+        see_memory: Sight | None = None,
+        routes: list[Routing] | None = None,
+    ) -> Tensor:
+        """[B, T, width] -> the same shape. For the arguments see `Stack.forward`."""
+        update = self.attention(_through(self.attention_norm, x), see, cache)
+        x = self._add(x, update, self.attention_norm_after)
+        if self.cross is not None:
+            assert memory is not None and see_memory is not None
+            x = self._add(x, self.cross(_through(self.cross_norm, x), see_memory, cache, memory), None)
+        inner = _through(self.feedforward_norm, x)
+        update = self.feedforward(inner, routes) if isinstance(self.feedforward, Mixture) else self.feedforward(inner)
+        return self._add(x, update, self.feedforward_norm_after)
+
+    def _add(self, x: Tensor, update: Tensor, norm: nn.Module | None) -> Tensor:
+        """The stream with an update, normed where that is its place."""
+        if norm is not None and not self.post:
+            update = norm(update)
+        if self.dropout:
+            update = F.dropout(update, self.dropout, self.training)
+        if self.drop_path and self.training:
+            kept = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
+            update = update * (kept / (1 - self.drop_path)).to(x.dtype)
+        x = x + (update if self.scale == 1 else update * self.scale)
+        return norm(x) if norm is not None and self.post else x
 
 
-class Decoder(nn.Module):
-    """A causal language model of the Llama kind.
+def _through(norm: nn.Module | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
 
-    `forward` ends at the last norm; `logits` applies the head. They are apart because training never needs all
-    logits at once (see `danlu.model.loss`).
+
+class Stack(nn.Module):
+    """Blocks one after another, and a norm.
 
     Attributes:
         keep_probabilities: on a CPU, attention probabilities kept for the backward pass, on average a query and head;
@@ -43,21 +89,94 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.keep_probabilities = 0
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = RMSNorm(config.width, config.norm_epsilon)
-        self.head = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
+        relative = config.positions if isinstance(config.positions, Relative) else None
+        self.relative = RelativeBias(relative, config.heads, config.causal) if relative else None
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.norm = make_norm(config) if config.final_norm else None
 
-    @property
-    def head_weight(self) -> Tensor:
-        """[vocab, width]."""
-        return self.embedding.weight if self.head is None else self.head.weight
+    def run(
+        self,
+        x: Tensor,
+        batch: Batch,
+        *,
+        cache: Cache | None = None,
+        memory: Tensor | None = None,
+        see_memory: Sight | None = None,
+        routes: list[Routing] | None = None,
+        hidden: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Hidden states after the last norm, [B, T, width].
+
+        Args:
+            x: [B, T, width], embedded.
+            batch: who sees whom.
+            cache: filled with the new tokens and looked at.
+            memory, see_memory: [B, S, width], another stack's output, and how it is seen.
+            routes: where routers note what they did, layer by layer.
+            hidden: where the stream is noted before the first and after each block, as Hugging Face counts them.
+        """
+        training_dropout = self.training and self.config.attention_dropout > 0
+        batch = replace(batch, keep=self.keep_probabilities, masked=training_dropout)
+        sights: dict[bool, Sight] = {}
+        for layer, block in enumerate(self.blocks):
+            local = self.config.window(layer) is not None
+            if local not in sights:
+                sights[local] = self_sight(self.config, layer, batch, self.relative)
+            if hidden is not None:
+                hidden.append(x)
+            x = block(x, sights[local], None if cache is None else cache.layers[layer], memory, see_memory, routes)
+        if hidden is not None:
+            hidden.append(x)
+        if cache is not None:
+            cache.lengths = cache.lengths + x.shape[1]
+        return _through(self.norm, x)
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` rows of at most `length` tokens."""
         self._check_context(length)
-        weight = self.embedding.weight
+        weight = self.blocks[0].attention.key.weight
         return Cache(self.config, batch, length, weight.dtype, weight.device)
+
+    def _check_context(self, length: int) -> None:
+        if length > self.config.context and not isinstance(self.config.positions, Relative):
+            raise DanluError(f"{length} tokens are more than the model's context of {self.config.context}")
+
+    def _places(self, tokens: Tensor, positions: Tensor | None, cache: Cache | None) -> tuple[Tensor, int | None]:
+        """Positions of new tokens [B, T], and how many places of the cache are looked at."""
+        batch, length = tokens.shape[:2]
+        if cache is not None:
+            keys = int(cache.lengths.max()) + length
+            if keys > cache.length:
+                raise DanluError(f"{keys} tokens do not fit in a cache of {cache.length}")
+            return cache.lengths[:, None] + torch.arange(length, device=tokens.device), keys
+        if positions is not None:
+            return positions, None
+        self._check_context(length)
+        return torch.arange(length, device=tokens.device).expand(batch, length), None
+
+
+class Decoder(Stack):
+    """A causal language model: tokens, blocks, a norm, and a head.
+
+    `forward` ends at the last norm; `logits` applies the head. They are apart because training never needs all
+    logits at once (see `danlu.model.loss`).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.embedding = TextEmbedding(config)
+        self.head = make_head(config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.embedding.tokens.weight.device
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[vocab, width], what `logits` multiplies by."""
+        own = self.head.weight if isinstance(self.head, WordHead) else None
+        return self.embedding.tokens.weight if own is None else own
 
     def forward(
         self,
@@ -65,39 +184,218 @@ class Decoder(nn.Module):
         *,
         positions: Tensor | None = None,
         segments: Tensor | None = None,
+        prefix: Tensor | None = None,
         cache: Cache | None = None,
+        routes: list[Routing] | None = None,
+        hidden: list[Tensor] | None = None,
     ) -> Tensor:
         """Hidden states after the last norm, [B, T, width].
 
         Args:
             tokens: int64 [B, T].
             positions: int64 [B, T]; by default 0, 1, ... or, with a cache, each row's next places.
-            segments: int32 [B, T], the document of each token of a packed row; documents never see each other.
+            segments: int32 [B, T], the document of each token of a packed row, 0 for padding; documents never see
+                each other.
+            prefix: int64 [B], how many tokens at the start of each row see each other whatever comes first.
             cache: filled with the new tokens and looked at.
+            routes, hidden: see `Stack.run`.
 
         Raises DanluError where the tokens would outgrow the model's context or the cache.
         """
-        batch, length = tokens.shape
-        if cache is not None:
-            keys = int(cache.lengths.max()) + length
-            if keys > cache.length:
-                raise DanluError(f"{keys} tokens do not fit in a cache of {cache.length}")
-            positions = cache.lengths[:, None] + torch.arange(length, device=tokens.device)
-        elif positions is None:
-            self._check_context(length)
-            positions = torch.arange(length, device=tokens.device).expand(batch, length)
-        see = sight(self.config, positions, segments, None if cache is None else cache.length, self.keep_probabilities)
-        x = self.embedding(tokens)
-        for number, block in enumerate(self.blocks):
-            x = block(x, see, None if cache is None else cache.layers[number])
-        if cache is not None:
-            cache.lengths = cache.lengths + length
-        return self.norm(x)
+        positions, keys = self._places(tokens, positions, cache)
+        if cache is not None and (segments is not None or prefix is not None):
+            raise DanluError("packed rows and prefixes are not kept in a cache", where="decoder")
+        x = self.embedding(tokens, positions)
+        return self.run(x, Batch(positions, segments, prefix, keys), cache=cache, routes=routes, hidden=hidden)
+
+    def logits(self, hidden: Tensor, segments: Tensor | None = None) -> Tensor:
+        """[..., width] -> [..., vocab], or what another head makes of [B, T, width]."""
+        assert self.head is not None, "a stack without a head has no logits"
+        if isinstance(self.head, LabelHead):
+            return self.head(hidden, segments)
+        return self.head(hidden, self.embedding.tokens.weight)
+
+
+class Encoder(Stack):
+    """Text or an image in, a hidden state for every place out; all of a row sees all of it, unless it is `causal`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        if config.patches is not None:
+            self.embedding: TextEmbedding | PatchEmbedding = PatchEmbedding(config, config.patches)
+        else:
+            self.embedding = TextEmbedding(config)
+        self.head = make_head(config)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        *,
+        types: Tensor | None = None,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        routes: list[Routing] | None = None,
+        hidden: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Hidden states after the last norm, [B, T, width].
+
+        Args:
+            inputs: token ids, int64 [B, T], or pixels, [B, channels, height, width].
+            types: int64 [B, T], the kind of each token; all 0 by default.
+            positions: int64 [B, T]; by default 0, 1, ...
+            segments: int32 [B, T], the document of each token of a packed row, 0 for padding.
+            routes, hidden: see `Stack.run`.
+
+        Raises DanluError where the input is longer than the model's context, or an image of another size.
+        """
+        if isinstance(self.embedding, PatchEmbedding):
+            x = self.embedding(inputs)
+            places = self._image_places(x)
+        else:
+            places, _ = self._places(inputs, positions, None)
+            x = self.embedding(inputs, places, types)
+        return self.run(x, Batch(places, segments), routes=routes, hidden=hidden)
+
+    def _image_places(self, x: Tensor) -> Tensor:
+        assert isinstance(self.embedding, PatchEmbedding)
+        if getattr(self.config.positions, "axes", 1) == 2:
+            return self.embedding.places(len(x), x.device)
+        return torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+
+    def logits(self, hidden: Tensor, segments: Tensor | None = None, tokens: Tensor | None = None) -> Tensor:
+        """What the head makes of hidden states [B, T, width]; see `danlu.model.head`."""
+        assert self.head is not None, "a stack without a head has no logits"
+        if isinstance(self.head, LabelHead):
+            return self.head(hidden, segments, tokens)
+        assert isinstance(self.embedding, TextEmbedding)
+        return self.head(hidden, self.embedding.tokens.weight)
+
+
+class EncoderDecoder(nn.Module):
+    """A stack that reads and one that writes; both share one embedding."""
+
+    def __init__(self, config: EncoderDecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = TextEmbedding(config.decoder)
+        self.encoder = Stack(config.encoder)
+        self.decoder = Stack(config.decoder)
+        self.head = make_head(config.decoder)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.embedding.tokens.weight.device
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[vocab, width], what `logits` multiplies by."""
+        own = self.head.weight if isinstance(self.head, WordHead) else None
+        return self.embedding.tokens.weight if own is None else own
+
+    def encode(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        routes: list[Routing] | None = None,
+        hidden: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Token ids int64 [B, S] -> [B, S, width]. For the other arguments see `Encoder.forward`."""
+        places, _ = self.encoder._places(tokens, positions, None)
+        x = self.embedding(tokens, places)
+        return self.encoder.run(x, Batch(places, segments), routes=routes, hidden=hidden)
+
+    def decode(
+        self,
+        tokens: Tensor,
+        memory: Tensor,
+        *,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        memory_segments: Tensor | None = None,
+        cache: Cache | None = None,
+        routes: list[Routing] | None = None,
+        hidden: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Hidden states of what is written, [B, T, width].
+
+        Args:
+            tokens: int64 [B, T], what is written so far; it begins with the id `config.start`.
+            memory: [B, S, width], from `encode`.
+            memory_segments: int32 [B, S], the encoder's.
+            positions, segments, cache, routes, hidden: see `Decoder.forward`.
+        """
+        places, keys = self.decoder._places(tokens, positions, cache)
+        x = self.embedding(tokens, places)
+        see_memory = cross_sight(places, segments, memory_segments)
+        return self.decoder.run(
+            x,
+            Batch(places, segments, keys=keys),
+            cache=cache,
+            memory=memory,
+            see_memory=see_memory,
+            routes=routes,
+            hidden=hidden,
+        )
+
+    def forward(
+        self,
+        tokens: Tensor,
+        written: Tensor,
+        *,
+        segments: Tensor | None = None,
+        written_segments: Tensor | None = None,
+        routes: list[Routing] | None = None,
+    ) -> Tensor:
+        """Hidden states of what is written, [B, T, width], from ids int64 [B, S] that are read."""
+        memory = self.encode(tokens, segments=segments, routes=routes)
+        return self.decode(written, memory, segments=written_segments, memory_segments=segments, routes=routes)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., width] -> [..., vocab]."""
-        return F.linear(hidden, self.head_weight)
+        assert isinstance(self.head, WordHead)
+        return self.head(hidden, self.embedding.tokens.weight)
 
-    def _check_context(self, length: int) -> None:
-        if length > self.config.context:
-            raise DanluError(f"{length} tokens are more than the model's context of {self.config.context}")
+    def new_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache of the decoder, for `batch` rows of at most `length` tokens."""
+        return self.decoder.new_cache(batch, length)
+
+
+class EncoderPair(nn.Module):
+    """A text's and an image's encoder, trained so that what belongs together lies close (CLIP, arXiv:2103.00020)."""
+
+    def __init__(self, config: PairConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.text = Encoder(config.text)
+        self.image = Encoder(config.image)
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale))
+
+    def forward(self, tokens: Tensor, pixels: Tensor, segments: Tensor | None = None) -> Tensor:
+        """How much each text resembles each image, [texts, images].
+
+        Args: tokens: int64 [texts, T]; pixels: [images, channels, height, width]; segments: of the tokens, 0 = padding.
+        """
+        return self.logit_scale.exp() * self.embed_text(tokens, segments) @ self.embed_image(pixels).T
+
+    def embed_text(self, tokens: Tensor, segments: Tensor | None = None) -> Tensor:
+        """[texts, T] -> vectors of length 1, [texts, features]."""
+        return F.normalize(self.text.logits(self.text(tokens, segments=segments), segments, tokens), dim=-1)
+
+    def embed_image(self, pixels: Tensor) -> Tensor:
+        """[images, channels, height, width] -> vectors of length 1, [images, features]."""
+        return F.normalize(self.image.logits(self.image(pixels)), dim=-1)
+
+
+Model = Decoder | Encoder | EncoderDecoder | EncoderPair
+
+
+def make_model(config: ModelConfig | EncoderDecoderConfig | PairConfig) -> Model:
+    """The body that a configuration describes, its weights random."""
+    if isinstance(config, EncoderDecoderConfig):
+        return EncoderDecoder(config)
+    if isinstance(config, PairConfig):
+        return EncoderPair(config)
+    return Decoder(config) if config.causal and config.patches is None else Encoder(config)

@@ -76,7 +76,7 @@ def compile_blocks(model: Decoder) -> None:
     _trust_compiler()
     # Keep a tenth less for the backward pass: norms and gates are computed again, which costs next to nothing.
     torch._functorch.config.activation_memory_budget = 0.9
-    if not model.embedding.weight.requires_grad:
+    if not model.embedding.tokens.weight.requires_grad:
         # The first block's input then asks for a gradient as every other's does: without it, it needs its own program.
         model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     for block in model.blocks:

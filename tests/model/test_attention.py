@@ -47,7 +47,7 @@ def test_equals_masked_attention_with_gradients(case):
     generator = torch.Generator().manual_seed(length)
     inputs = [torch.randn(rows, length, heads, 8, generator=generator).requires_grad_() for heads in (4, 2, 2)]
     upstream = torch.randn(rows, length, 4, 8, generator=generator)
-    tiles = make_tiles(rows, length, segments, window)
+    tiles = make_tiles(rows, length, segments, window=window)
     ours, _ = tiled_attention(*inputs, tiles, window or 0, keep)
     theirs = by_mask(*inputs, segments, window or 0)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
@@ -60,7 +60,7 @@ def test_equals_masked_attention_with_gradients(case):
 def test_padding_is_skipped_and_gets_no_gradient():
     segments = torch.tensor([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]], dtype=torch.int32)
     inputs = [torch.randn(2, 5, heads, 4, requires_grad=True) for heads in (2, 1, 1)]
-    mixed, _ = tiled_attention(*inputs, make_tiles(2, 5, segments, None), 0, 0)
+    mixed, _ = tiled_attention(*inputs, make_tiles(2, 5, segments), 0, 0)
     assert mixed[0, 3:].abs().sum() == 0 and mixed[1].abs().sum() == 0
     for gradient in torch.autograd.grad(mixed.sum(), inputs):
         assert gradient[0, 3:].abs().sum() == 0 and gradient[1].abs().sum() == 0
@@ -107,19 +107,19 @@ def test_too_long_is_refused_with_both_numbers():
 def test_what_the_compiler_is_told_of_the_operator_is_true(length, keep):
     # What is kept is compared too, so it has to be whole: none, or all of one tile.
     inputs = [torch.randn(2, length, heads, 8, requires_grad=True) for heads in (6, 3, 3)]
-    torch.library.opcheck(tiled_attention, (*inputs, make_tiles(2, length, None, None), 0, keep))
+    torch.library.opcheck(tiled_attention, (*inputs, make_tiles(2, length, None), 0, keep))
 
 
 def test_neighbouring_rows_that_lie_alike_share_tiles():
     segments = torch.tensor([[1] * 60 + [2] * 100, [1] * 60 + [2] * 100, [1] * 160]).int()
-    tiles = [tuple(tile) for tile in make_tiles(3, 160, segments, None).tolist()]
+    tiles = [tuple(tile) for tile in make_tiles(3, 160, segments).tolist()]
     shared = [(0, 2, 0, 60, 0), (0, 2, 60, 160, 60)]
     assert tiles == [*shared, (2, 3, 0, 128, 0), (2, 3, 128, 160, 0), (0,) * 5, (0,) * 5]
 
 
 def test_kept_probabilities_change_no_bit():
     query, key, value = (torch.randn(2, 300, heads, 8, requires_grad=True) for heads in (4, 2, 2))
-    tiles = make_tiles(2, 300, None, None)
+    tiles = make_tiles(2, 300, None)
     gradients = []
     for keep, kept in [(0, 0), (64, 64), (300, 300), (9999, 300)]:
         mixed, probabilities = tiled_attention(query, key, value, tiles, 0, keep)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from danlu.errors import DanluError
 from danlu.gguf_header import Header
-from danlu.model.config import ModelConfig, RopeScaling
-from danlu.model.families.llama import FAMILIES, family_for
+from danlu.model.config import ModelConfig, RopeScaling, Rotary
+from danlu.model.families.known import FAMILIES, family_for
 from danlu.model.position import frequencies
 
 REQUIRED = {
@@ -46,8 +46,9 @@ def read_metadata(header: Header, factors: list[float] | None) -> ModelConfig:
     Raises DanluError where the architecture is not known, or a key is missing or asks for what Danlu does not compute.
     """
     arch = header.need("general.architecture", str)
-    if arch not in {family.gguf for family in FAMILIES}:
-        known = ", ".join(sorted({family.gguf for family in FAMILIES}))
+    known_names = {family.gguf for family in FAMILIES if family.gguf is not None}
+    if arch not in known_names:
+        known = ", ".join(sorted(known_names))
         raise DanluError(f"the GGUF architecture {arch} is not known", where=header.path, fix=f"known: {known}")
     _refuse_foreign(header, arch)
     facts: dict[str, Any] = {name: header.need(f"{arch}.{key}", int) for name, key in REQUIRED.items()}
@@ -72,8 +73,7 @@ def read_metadata(header: Header, factors: list[float] | None) -> ModelConfig:
         vocab_size=shapes["token_embd.weight"][0],
         kv_heads=whole("attention.head_count_kv", facts["heads"]),
         head_width=head_width,
-        rope_base=base,
-        rope_scaling=scaling,
+        positions=Rotary(base, scaling),
         norm_epsilon=_short(header.need(f"{arch}.attention.layer_norm_rms_epsilon", float)),
         tied="output.weight" not in shapes,
         attention_bias="blk.0.attn_q.bias" in shapes,
@@ -94,7 +94,8 @@ def write_metadata(config: ModelConfig) -> dict[str, Any]:
         raise DanluError(f"llama.cpp computes {arch} with the activation silu, not {config.activation}")
     if arch == "qwen3" and config.attention_bias:
         raise DanluError("llama.cpp's qwen3 has no attention biases")
-    scaling = config.rope_scaling
+    assert arch is not None and isinstance(config.positions, Rotary)
+    scaling = config.positions.scaling
     if scaling is not None and scaling.kind == "llama3" and arch != "llama":
         raise DanluError(f"llama.cpp has no llama3 rope scaling for {arch}")
     if scaling is not None and (scaling.beta_fast, scaling.beta_slow) != (32.0, 1.0):
@@ -112,7 +113,7 @@ def write_metadata(config: ModelConfig) -> dict[str, Any]:
         "attention.value_length": config.head_width,
         "attention.layer_norm_rms_epsilon": float(config.norm_epsilon),
         "rope.dimension_count": config.head_width,
-        "rope.freq_base": float(config.rope_base),
+        "rope.freq_base": float(config.positions.base),
     }
     extra: dict[str, Any] = {}
     if scaling is not None and scaling.kind == "llama3":
@@ -163,10 +164,15 @@ def _read_scaling(header: Header, arch: str) -> RopeScaling | None:
 
 def rope_factors(config: ModelConfig) -> list[float] | None:
     """What llama.cpp divides each frequency by for Llama 3's scaling, as the tensor rope_freqs.weight holds it."""
-    if config.rope_scaling is None or config.rope_scaling.kind != "llama3":
+    positions = config.positions
+    if not isinstance(positions, Rotary) or positions.scaling is None or positions.scaling.kind != "llama3":
         return None
-    scaled, _ = frequencies(config)
-    plain, _ = frequencies(replace(config, rope_scaling=None))
+    return _factors(positions, config.head_width)
+
+
+def _factors(positions: Rotary, head_width: int) -> list[float]:
+    scaled, _ = frequencies(positions, head_width)
+    plain, _ = frequencies(Rotary(positions.base), head_width)
     return [float(factor) for factor in plain / scaled]
 
 
@@ -174,8 +180,7 @@ def _llama3_scaling(header: Header, factors: list[float], base: float, head_widt
     """The numbers behind a table of factors: the slowest pair is divided by the whole factor."""
     scaling = RopeScaling(kind="llama3", factor=round(max(factors), 4), original_context=LLAMA3_CONTEXT)
     if 2 * len(factors) == head_width:
-        shape = ModelConfig(1, head_width, 1, 1, 1, head_width, 1, 1, rope_base=base, rope_scaling=scaling)
-        pairs = zip(rope_factors(shape) or [], factors, strict=True)
+        pairs = zip(_factors(Rotary(base, scaling), head_width), factors, strict=True)
         if all(math.isclose(mine, theirs, rel_tol=1e-3) for mine, theirs in pairs):
             return scaling
     raise DanluError("the rope factors (rope_freqs.weight) are not those of Llama 3", where=header.path)
