@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec
 
 import typer
+from typer.core import TyperGroup
 
 from danlu import __version__
 from danlu.console import complain, result, say, table
@@ -83,8 +84,10 @@ class Stopped(DanluError):
 Arguments = ParamSpec("Arguments")
 
 
-def command(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
-    """Register a command whose errors are told in one message."""
+def command(
+    function: Callable[Arguments, None], group: typer.Typer = app, name: str | None = None
+) -> Callable[Arguments, None]:
+    """Register a command, by default named as the function, whose errors are told in one message."""
 
     @functools.wraps(function)
     def told(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
@@ -102,7 +105,7 @@ def command(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
             complain(message)
             raise typer.Exit(code) from None
 
-    return app.command()(told)
+    return group.command(name)(told)
 
 
 def explain(error: BaseException) -> tuple[str, int]:
@@ -318,6 +321,73 @@ def export(
         _print_json({"file": str(out), "bytes": out.stat().st_size, "from": str(source), **stored.plain()})
     else:
         result(f"{out}: {out.stat().st_size / 1e6:,.1f} MB")
+
+
+class _ShowUnlessNamed(TyperGroup):
+    """`danlu model X` is `danlu model show X` where X is none of the commands."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        named = not args or args[0] in (*self.commands, "--help")
+        return super().parse_args(ctx, args if named else ["show", *args])
+
+
+model = typer.Typer(
+    cls=_ShowUnlessNamed,
+    help="""Say what a model costs, or compare it.
+
+    `danlu model X` says what a checkpoint weighs and costs, or what a family is, as `danlu model show X` does;
+    `danlu model check PATH` compares what Danlu and transformers compute.
+    """,
+    short_help="Say what a model costs, or compare it.",
+    epilog="Example:  danlu model llama   Example:  danlu model check ./SmolLM2-135M",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(model, name="model")
+
+
+@functools.partial(command, group=model, name="show")
+def model_show(
+    ref: Annotated[str, typer.Argument(metavar="FAMILY_OR_PATH", help="A family, such as llama, or a checkpoint.")],
+    as_json: Json = False,
+) -> None:
+    """Say what a model costs, or what a family is.
+
+    Of a checkpoint: parameters of each part, operations for a token, memory of the weights and of the cache at several
+    lengths. Of a family: its architectures and how Danlu, Hugging Face and GGUF call its weights.
+
+    Example:  danlu model llama
+    """
+    from danlu.model.describe import describe, print_facts
+
+    facts = describe(ref)
+    if as_json:
+        _print_json(facts.plain())
+    else:
+        print_facts(facts)
+
+
+@functools.partial(command, group=model, name="check")
+def model_check(
+    path: Annotated[str, typer.Argument(help="A Hugging Face directory.")],
+    tolerance: Annotated[float, typer.Option(min=0, help="How far numbers may be apart.")] = 1e-4,
+    as_json: Json = False,
+) -> None:
+    """Compare a model with transformers, layer by layer.
+
+    Both compute the same random batch in fp32: the largest differences of hidden states, logits and greedy tokens.
+    Exits 1 above the tolerance and names the first layer that differs. Needs transformers.
+
+    Example:  danlu model check ./SmolLM2-135M
+    """
+    from danlu.model.compare import check, print_comparison
+
+    comparison = check(path, tolerance)
+    if as_json:
+        _print_json({"path": path} | comparison.plain())
+    else:
+        print_comparison(comparison)
+    comparison.raise_if_apart(path)
 
 
 def _print_json(value: Any) -> None:

@@ -89,6 +89,10 @@ class Tokenizer:
         """Token ids of a text. With `special`, text such as <|im_end|> becomes that token; otherwise it stays text."""
         return list(self._encoder(special).encode(text, add_special_tokens=False).ids)
 
+    def encode_input(self, text: str) -> list[int]:
+        """Token ids of a text as an encoder reads it: between what its tokenizer.json puts around, [CLS] and [SEP]."""
+        return list(self._complete_backend.encode(text, add_special_tokens=True).ids)
+
     def encode_batch(self, texts: list[str], special: bool = True) -> list[list[int]]:
         """Token ids of many texts, on all cores."""
         found = self._encoder(special).encode_batch_fast(texts, add_special_tokens=False)
@@ -177,6 +181,14 @@ class Tokenizer:
         """Takes the text of special tokens as text. A second one, as the switch is not safe to turn between threads."""
         backend = self._make_backend()
         backend.encode_special_tokens = True
+        return backend
+
+    @cached_property
+    def _complete_backend(self) -> Backend:
+        """Puts around a text what the checkpoint's own tokenizer does."""
+        backend = Backend.from_str(self._json)
+        backend.no_truncation()
+        backend.no_padding()
         return backend
 
     def _encoder(self, special: bool) -> Backend:

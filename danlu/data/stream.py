@@ -69,6 +69,11 @@ class Batch:
         """How many targets are learned."""
         return int((self.targets != IGNORED).sum())
 
+    @cached_property
+    def size(self) -> int:
+        """Tokens, padding aside."""
+        return int((self.segments > 0).sum())
+
     def split(self, parts: int) -> list[Batch]:
         """Cut along B into parts as equal as can be. Raises DanluError where there are more parts than rows."""
         size = len(self.tokens)

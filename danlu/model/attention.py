@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -91,9 +91,7 @@ class Attention(nn.Module):
             RMSNorm(config.head_width, config.norm_epsilon, config.norm_plus_one) if normed else None for _ in range(2)
         )
 
-    def forward(
-        self, x: Tensor, see: Sight, cache: LayerCache | None = None, memory: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, see: Sight, cache: LayerCache | None = None, memory: Tensor | None = None) -> Tensor:
         """Args: see: of these queries; cache: filled and looked at; memory: [B, S, width], the keys' stack's output."""
         query = self._heads(self.query(x))
         if memory is not None:
@@ -132,7 +130,7 @@ class Attention(nn.Module):
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         grouped = self.heads != self.kv_heads
         if see.blocks is not None:
-            flexible = _compiled_flex_attention() if query.is_cuda else flex_attention
+            flexible = _compiled_flex_attention() if query.is_cuda else cast(Callable[..., Any], flex_attention)
             return flexible(query, key, value, block_mask=see.blocks, scale=1.0, enable_gqa=grouped).transpose(1, 2)
         return F.scaled_dot_product_attention(
             query,

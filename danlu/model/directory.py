@@ -77,13 +77,16 @@ def stored_weights(path: Path, family: Family, config: AnyConfig) -> Weights:
     pieces: dict[str, dict[int | None, _Piece]] = {}
     left: list[str] = []
     for file in weight_files(path):
-        for name, shape in _header(file).items():
+        for name, (shape, dtype) in _header(file).items():
             found = _ours(family, name)
+            if found and dtype not in DTYPES:
+                what = f"{name} is stored as {dtype}, which is not supported"
+                raise DanluError(what, where=file, fix=f"use a checkpoint in one of {', '.join(DTYPES)}")
             for ours in found:
                 pieces.setdefault(ours.ours, {})[ours.expert] = _Piece(name, file, shape, ours.place)
-            if not found and name.startswith(family.others) and family.others:
+            if not found and name.startswith(family.others):
                 left.append(name)
-            elif not found and not name.endswith(family.unread or (None,)):
+            elif not found and not name.endswith(family.unread):
                 raise DanluError(f"the tensor {name} is not known", where=file)
     if left:
         warn(f"{path}: left out, since {family.architecture} has no such head: {', '.join(sorted(left))}")
@@ -186,17 +189,12 @@ def _write_weights(model: Model, family: Family, path: Path, dtype: torch.dtype)
         write_json(path / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": listed})
 
 
-def _header(file: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor. The library checks that header and data fit in the file."""
+def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every tensor. The library checks that header and data fit in the file."""
     try:
         with safe_open(file, framework="pt") as opened:
             parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # not a mapping
-            for name, part in parts.items():
-                if part.get_dtype() not in DTYPES:
-                    known = ", ".join(DTYPES)
-                    what = f"{name} is stored as {part.get_dtype()}, which is not supported"
-                    raise DanluError(what, where=file, fix=f"use a checkpoint in one of {known}")
-            return {name: tuple(part.get_shape()) for name, part in parts.items()}
+            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
     except (SafetensorError, OSError) as error:
         raise DanluError(f"is damaged or cut short: {error}", where=file, fix="download or save it again") from None
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 
-import torch
 from torch import Tensor
 
 from danlu.errors import DanluError
-from danlu.model.transformer import Decoder
+from danlu.model.allowed import Allowed, only
+from danlu.model.sampling import GREEDY, Choice, Chooser
+from danlu.model.streaming import StopStrings, TextStream
+from danlu.model.writer import Writer, Writing, room
+from danlu.tokenizer import Tokenizer
 
 
 def generate(
-    model: Decoder,
+    model: Writing,
     prompt: list[int],
     *,
     max_new_tokens: int,
@@ -20,110 +24,193 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    min_p: float = 0.0,
     seed: int = 0,
+    repetition_penalty: float = 1.0,
+    allowed: Allowed | None = None,
 ) -> Iterator[int]:
-    """Yield the ids that follow a prompt. A stop id ends the answer and is not yielded; a full context ends it too.
+    """Yield the ids that follow a prompt, as they come; called as `danlu.device.engine.Engine.generate` is.
 
     Args:
+        model: a decoder continues the prompt; an encoder-decoder reads it and writes its answer.
         prompt: token ids, at least one.
-        max_new_tokens: the most ids to yield.
-        stop_ids: ids that end the answer.
-        temperature: 0 takes the likeliest token; above, tokens are drawn from softmax(logits / temperature).
-        top_k: draw among the k likeliest; 0 for all.
-        top_p: draw among the likeliest that together reach this probability (arXiv:1904.09751).
-        seed: the same seed, prompt and model give the same draw.
+        max_new_tokens: the most ids to yield; a full context ends the answer too.
+        stop_ids: ids that end the answer; they are not yielded.
+        temperature, top_p, top_k, min_p, seed, repetition_penalty: see `danlu.model.sampling.Choice`.
+        allowed: the only answers there may be.
 
-    Raises DanluError, at the call, where the prompt is empty or leaves no room in the context.
+    Raises DanluError, at the call, where the prompt is empty or leaves no room in the context, where a setting is out
+    of range, or where not every allowed answer can be written.
     """
-    room = _room(model, prompt)
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-        what = f"temperature {temperature}, top_p {top_p}, top_k {top_k}: they must be >= 0, in (0, 1], and >= 0"
-        raise DanluError(what, where="generate")
-    draw = torch.Generator().manual_seed(seed)
-
-    def choose(logits: Tensor) -> int:
-        if temperature == 0:
-            return int(logits.argmax())
-        return _sample(logits.float().cpu() / temperature, top_k, top_p, draw)
-
-    return _generate(model, prompt, min(max_new_tokens, room), stop_ids, choose)
+    choice = Choice(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    count = min(max_new_tokens, room(model, prompt))
+    check_answers(model, count, stop_ids, allowed)
+    return (token for [(_, token)] in _write(model, [prompt], count, stop_ids, choice, allowed))
 
 
 def generate_batch(
-    model: Decoder, prompts: list[list[int]], *, max_new_tokens: int, stop_ids: frozenset[int] = frozenset()
+    model: Writing,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: frozenset[int] = frozenset(),
+    choice: Choice = GREEDY,
+    allowed: Allowed | None = None,
 ) -> list[list[int]]:
-    """The likeliest continuations of several prompts of any lengths, computed together. Stop ids are not part of them.
+    """Answers to several prompts of any lengths, computed together; each is what it would be alone.
 
-    Raises DanluError where a prompt is empty or does not fit in the context together with its answer.
+    With a seed the first row draws what `generate` draws; every other row draws for itself. For the arguments see
+    `generate`; for padded tensors `unpad`.
+
+    Raises DanluError where a prompt is empty or does not fit in the context together with its answer, or where not
+    every allowed answer can be written.
     """
-    if not prompts:
-        return []
-    for prompt in prompts:
-        if _room(model, prompt) < max_new_tokens:
-            what = f"a prompt of {len(prompt):,} tokens and an answer of {max_new_tokens:,}"
-            raise DanluError(f"{what} are more than the model's context of {model.config.context:,}")
-    with torch.inference_mode():
-        return _generate_batch(model, prompts, max_new_tokens, stop_ids)
-
-
-def _room(model: Decoder, prompt: list[int]) -> int:
-    """Tokens the context has left after the prompt."""
-    context = model.config.context
-    if not prompt:
-        raise DanluError("the prompt is empty", where="generate")
-    if len(prompt) >= context:
-        raise DanluError(f"a prompt of {len(prompt):,} tokens leaves no room in the model's context of {context:,}")
-    return context - len(prompt)
-
-
-def _generate(
-    model: Decoder, prompt: list[int], count: int, stop_ids: frozenset[int], choose: Callable[[Tensor], int]
-) -> Iterator[int]:
-    cache = model.new_cache(1, len(prompt) + count)
-    given = prompt
-    for _ in range(count):
-        with torch.inference_mode():  # not across the yield: it would leak into the caller
-            hidden = model(torch.tensor([given], device=model.device), cache=cache)
-            token = choose(model.logits(hidden[0, -1]))
-        if token in stop_ids:
-            return
-        yield token
-        given = [token]
-
-
-def _generate_batch(
-    model: Decoder, prompts: list[list[int]], max_new_tokens: int, stop_ids: frozenset[int]
-) -> list[list[int]]:
-    device = model.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    longest = int(lengths.max())
-    padded = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
-    cache = model.new_cache(len(prompts), longest + max_new_tokens)
-    hidden = model(padded, cache=cache)
-    cache.lengths = lengths  # what was computed from padding lies behind them and is never looked at
-    last = hidden[torch.arange(len(prompts), device=device), lengths - 1]
+    check_prompts(model, prompts, max_new_tokens)
+    check_answers(model, max_new_tokens, stop_ids, allowed)
     answers: list[list[int]] = [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # the prompts that are still being answered, in the order of the cache
-    for step in range(max_new_tokens):
-        tokens = model.logits(last).argmax(-1).tolist()
-        going = [place for place, token in enumerate(tokens) if token not in stop_ids]
-        for place in going:
-            answers[rows[place]].append(tokens[place])
-        if not going or step == max_new_tokens - 1:
-            break
-        if len(going) < len(rows):
-            rows = [rows[place] for place in going]
-            cache.keep(torch.tensor(going, device=device))
-        last = model(torch.tensor([[tokens[place]] for place in going], device=device), cache=cache)[:, -1]
+    for made in _write(model, prompts, max_new_tokens, stop_ids, choice, allowed):
+        for row, token in made:
+            answers[row].append(token)
     return answers
 
 
-def _sample(scores: Tensor, top_k: int, top_p: float, draw: torch.Generator) -> int:
-    """Draw from fp32 scores [vocab] after top-k and then top-p, as Hugging Face orders them."""
-    ranked, ids = scores.sort(descending=True, stable=True)
-    if top_k:
-        ranked, ids = ranked[:top_k], ids[:top_k]
-    chances = ranked.softmax(-1)
-    before = chances.cumsum(-1) - chances
-    chances = chances.masked_fill(before >= top_p, 0.0)  # the likeliest always stays
-    return int(ids[torch.multinomial(chances, 1, generator=draw)])
+def generate_text(
+    model: Writing,
+    tokenizer: Tokenizer,
+    prompt: list[int],
+    *,
+    max_new_tokens: int,
+    stops: Sequence[str] = (),
+    choice: Choice = GREEDY,
+    allowed: Allowed | None = None,
+) -> Iterator[str]:
+    """Yield the text that follows a prompt, in whole characters, as soon as it can be no part of a stop string.
+
+    Args:
+        stops: strings that end the answer and are no part of it.
+        model, prompt, max_new_tokens, allowed: see `generate`.
+        tokenizer: decodes; its `stop_ids` end the answer too.
+        choice: how tokens are chosen.
+
+    Raises DanluError, at the call, as `generate` does, and where a stop string is empty.
+    """
+    count = min(max_new_tokens, room(model, prompt))
+    check_answers(model, count, tokenizer.stop_ids, allowed)
+    return (text for _, text in _texts(model, tokenizer, [prompt], count, _checked(stops), choice, allowed) if text)
+
+
+def generate_texts(
+    model: Writing,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    stops: Sequence[str] = (),
+    choice: Choice = GREEDY,
+    allowed: Allowed | None = None,
+) -> list[str]:
+    """The texts that follow several prompts, computed together. For arguments and errors see `generate_text` and
+    `generate_batch`."""
+    check_prompts(model, prompts, max_new_tokens)
+    check_answers(model, max_new_tokens, tokenizer.stop_ids, allowed)
+    answers = [""] * len(prompts)
+    for row, text in _texts(model, tokenizer, prompts, max_new_tokens, _checked(stops), choice, allowed):
+        answers[row] += text
+    return answers
+
+
+def unpad(tokens: Tensor, mask: Tensor) -> list[list[int]]:
+    """The prompts in tensors padded on the left or on the right, as Hugging Face's tokenizers make them.
+
+    Args: tokens: int64 [B, T]; mask: [B, T], 0 for padding.
+    """
+    if tokens.shape != mask.shape or tokens.dim() != 2:
+        raise DanluError(f"tokens {list(tokens.shape)} and mask {list(mask.shape)} must be of one shape, [B, T]")
+    return [row[real].tolist() for row, real in zip(tokens, mask != 0, strict=True)]
+
+
+def check_prompts(model: Writing, prompts: Sequence[list[int]], count: int) -> None:
+    """Raise DanluError where a prompt is empty or does not fit in the context together with `count` more tokens."""
+    for prompt in prompts:
+        left = room(model, prompt)
+        if left < count:
+            what = f"a prompt of {len(prompt):,} tokens leaves room for {left:,}, not for an answer of {count:,}"
+            raise DanluError(what, where="generate")
+
+
+def check_answers(model: Writing, count: int, stop_ids: frozenset[int], allowed: Allowed | None) -> None:
+    """Raise DanluError where answers of `count` tokens cannot be asked for, or not every allowed one be written."""
+    if count < 0:
+        raise DanluError(f"max_new_tokens is {count}; it must be at least 0", where="generate")
+    if allowed is not None:
+        allowed.check(count, stop_ids, model.embedding.tokens.num_embeddings)
+
+
+def _write(
+    model: Writing,
+    prompts: Sequence[list[int]],
+    count: int,
+    stop_ids: frozenset[int],
+    choice: Choice,
+    allowed: Allowed | None,
+    ended: AbstractSet[int] = frozenset(),
+) -> Iterator[list[tuple[int, int]]]:
+    """Yield, step by step, the row and the new token of every answer that goes on.
+
+    Args: ended: rows that the caller wants no more of; looked at after every step.
+    """
+    if not prompts or count == 0:
+        return
+    writer = Writer(model, prompts, count)
+    chooser = Chooser(choice, writer.before, writer.logits.shape[-1], model.device)
+    rows = list(range(len(prompts)))  # the prompts that are still being answered, in the order of the writer
+    places = [allowed.start for _ in prompts] if allowed is not None else None
+    for length in range(1, count + 1):
+        tokens = chooser.choose(writer.logits if places is None else only(writer.logits, places, stop_ids))
+        made = tokens.tolist()
+        going = [at for at, token in enumerate(made) if token not in stop_ids]
+        if not going:
+            return
+        yield [(rows[at], made[at]) for at in going]
+        if places is not None:
+            places = [place.after.get(token, place) for place, token in zip(places, made, strict=True)]
+            going = [at for at in going if places[at].after]
+        going = [at for at in going if rows[at] not in ended]
+        if not going or length == count:
+            return
+        if len(going) < len(rows):
+            rows, tokens = [rows[at] for at in going], tokens[going]
+            places = None if places is None else [places[at] for at in going]
+            writer.keep(going)
+            chooser.keep(going)
+        writer.write(tokens)
+
+
+def _texts(
+    model: Writing,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    count: int,
+    stops: Sequence[str],
+    choice: Choice,
+    allowed: Allowed | None,
+) -> Iterator[tuple[int, str]]:
+    """Yield rows and what their answers' texts go on with. A character cut in half by the limit is left out."""
+    streams = [(TextStream(tokenizer), StopStrings(stops)) for _ in prompts]
+    ended: set[int] = set()
+    for made in _write(model, prompts, count, tokenizer.stop_ids, choice, allowed, ended):
+        for row, token in made:
+            text, cut = streams[row]
+            ready, met = cut.push(text.push(token))
+            if met:
+                ended.add(row)
+            yield row, ready
+    for row, (_, cut) in enumerate(streams):
+        if row not in ended:
+            yield row, cut.rest()
+
+
+def _checked(stops: Sequence[str]) -> Sequence[str]:
+    if isinstance(stops, str) or not all(stops):
+        raise DanluError("stop strings must be a list of strings that are not empty", where="generate")
+    return stops

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from danlu.errors import DanluError
 from danlu.gguf_header import Header, TensorPlace
 from danlu.model.config import ModelConfig
 from danlu.model.families.family import Family
-from danlu.model.families.known import family_for
+from danlu.model.families.known import FAMILIES, family_for
 from danlu.model.families.metadata import read_metadata, rope_factors, write_metadata
 from danlu.model.names import Place
 from danlu.model.stored import Stored, Weights
@@ -37,6 +37,10 @@ TYPES: dict[Type, tuple[torch.dtype, gguf.GGMLQuantizationType, gguf.LlamaFileTy
     "bf16": (torch.bfloat16, gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
 }
 ROPE_FACTORS = "rope_freqs.weight"
+# Matrices that llama.cpp's own converter writes in fp32 whatever the rest: routers, learned positions.
+EXACT = ("ffn_gate_inp.weight", "position_embd.weight")
+# A matrix of one row, which files hold as a vector.
+SINGLE_ROW = "ffn_gate_inp_shexp.weight"
 PIECE = 2**22  # numbers dequantised at once; several fp32 copies of them are alive meanwhile
 
 
@@ -50,7 +54,17 @@ def read_config(header: Header) -> tuple[Family, ModelConfig]:
     _check_whole(header)
     factors = next((tensor for tensor in header.tensors if tensor.name == ROPE_FACTORS), None)
     config = read_metadata(header, None if factors is None else _read(header.path, factors, torch.float32).tolist())
-    return family_for(config), config
+    return _family(config, header), config
+
+
+def _family(config: ModelConfig, header: Header) -> Family:
+    """The family of a file; its own architecture decides in which order queries and keys lie."""
+    arch = header.need("general.architecture", str)
+    for family in FAMILIES:
+        if family.gguf == arch and family.expresses(config):
+            return family
+    what = f"names the architecture {arch}, but holds tensors or keys of another one"
+    raise DanluError(what, where=header.path, fix="convert the model to GGUF again")
 
 
 def stored_weights(header: Header, family: Family, config: ModelConfig) -> Weights:
@@ -65,27 +79,35 @@ def stored_weights(header: Header, family: Family, config: ModelConfig) -> Weigh
             raise DanluError(f"the tensor {tensor.name} is not known", where=header.path)
         for ours in found:
             heads = _rotated_heads(ours.ours, config) if family.neighbours else None
-            shape = ours.place.shape(tensor.shape) or tensor.shape
-            read = partial(_read_weight, header.path, tensor, ours.place, heads)
-            weights[ours.ours] = Stored(tensor.name, header.path, shape, read)
+            own = _part(tensor, ours.place, header.path)
+            read = partial(_read_weight, header.path, own, ours.place.plus, heads)
+            weights[ours.ours] = Stored(tensor.name, header.path, own.shape, read)
     return Weights(header.path, names, weights)
 
 
-def _read_weight(path: Path, tensor: TensorPlace, place: Place, heads: int | None, dtype: torch.dtype) -> Tensor:
-    """One weight of ours. `heads`: the rows of so many heads go from neighbours to halves."""
-    if place.plus:
-        return place.take(_read(path, tensor, torch.float32)).to(dtype)
-    own = place.take(_read(path, tensor, dtype))
-    if place.parts > 1:
-        own = own.clone()  # a view would hold on to the other parts
-    return own if heads is None else _to_halves(own, heads)
+def _part(tensor: TensorPlace, place: Place, where: Path) -> TensorPlace:
+    """Where our weight lies in a tensor; the tensor itself where it cannot be cut, which is then found wrong."""
+    shape = place.shape(tensor.shape)
+    if shape is None:
+        return tensor
+    if tensor.name.endswith(SINGLE_ROW) and len(shape) == 1:
+        shape = (1, *shape)
+    return replace(tensor, shape=shape, offset=tensor.offset + _size(tensor, where) // place.parts * place.part)
+
+
+def _read_weight(path: Path, own: TensorPlace, plus: float, heads: int | None, dtype: torch.dtype) -> Tensor:
+    """One weight of ours. `plus`: what was added to it; `heads`: the rows of so many go from neighbours to halves."""
+    if plus:
+        return (_read(path, own, torch.float32) - plus).to(dtype)
+    made = _read(path, own, dtype)
+    return made if heads is None else _to_halves(made, heads)
 
 
 def write_gguf(model: Decoder, tokenizer: Tokenizer, out: Path, dtype: Type = "f32") -> None:
     """Write a model with its tokenizer and chat template as a file that llama.cpp loads.
 
     Args:
-        model: any dtype; norms and biases are written in fp32, the other weights as `dtype`.
+        model: any dtype; norms, biases, routers and learned positions are written in fp32, the rest as `dtype`.
         tokenizer: must have a form that GGUF knows.
         out: the file, written aside and renamed.
         dtype: "f32", "f16" or "bf16".
@@ -96,11 +118,13 @@ def write_gguf(model: Decoder, tokenizer: Tokenizer, out: Path, dtype: Type = "f
     family = family_for(config)
     metadata = {**write_metadata(config), **_general(dtype)}
     metadata |= {f"tokenizer.{key}": value for key, value in tokenizer.gguf_metadata(config.vocab_size).items()}
-    if config.sliding_window is not None and config.sliding_window < config.context:
-        warn(f"llama.cpp has no sliding window for {family.gguf}: the context is limited to {config.sliding_window:,}")
+    arch = metadata["general.architecture"]
+    context = metadata[f"{arch}.context_length"]
+    if context < config.context:
+        warn(f"llama.cpp has no sliding window for {arch}: the context is limited to {context:,}")
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.{os.getpid()}.aside")
-    writer = gguf.GGUFWriter(aside, family.gguf)
+    writer = gguf.GGUFWriter(aside, arch)
     try:
         for key, value in metadata.items():
             _add(writer, key, value)
@@ -108,9 +132,7 @@ def write_gguf(model: Decoder, tokenizer: Tokenizer, out: Path, dtype: Type = "f
         for out_tensor in weights:
             kind = _kind(out_tensor, dtype)
             size = math.prod(out_tensor.shape) * kind.itemsize
-            writer.add_tensor_info(
-                out_tensor.name, out_tensor.shape, np.dtype(np.float32), size, _ggml_type(kind)
-            )
+            writer.add_tensor_info(out_tensor.name, out_tensor.shape, np.dtype(np.float32), size, _ggml_type(kind))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -162,7 +184,8 @@ class _Out:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (sum(len(part) for part in self.parts), *self.parts[0].shape[1:])
+        whole = (sum(len(part) for part in self.parts), *self.parts[0].shape[1:])
+        return whole[1:] if self.name.endswith(SINGLE_ROW) else whole
 
     def make(self) -> Tensor:
         parts = [part if self.heads is None else _to_neighbours(part, self.heads) for part in self.parts]
@@ -170,15 +193,10 @@ class _Out:
 
 
 def _weights_out(model: Decoder, family: Family) -> list[_Out]:
-    weights = model.state_dict()
-    heads = {
-        family.gguf_names.theirs(name): _rotated_heads(name, model.config) if family.neighbours else None
-        for name in weights
-    }
+    weights, names = model.state_dict(), family.gguf_names
+    heads = {names.theirs(name): _rotated_heads(name, model.config) if family.neighbours else None for name in weights}
     try:
-        made = [
-            _Out(name, place, parts, heads[name]) for name, place, parts in family.gguf_names.outward(weights)
-        ]
+        made = [_Out(name, place, parts, heads[name]) for name, place, parts in names.outward(weights)]
     except KeyError as error:
         what = f"GGUF has no name for the weight {error.args[0]}"
         raise DanluError(what, fix="merge adapters before writing") from None
@@ -189,9 +207,9 @@ def _weights_out(model: Decoder, family: Family) -> list[_Out]:
 
 
 def _kind(tensor: _Out, dtype: Type) -> torch.dtype:
-    # llama.cpp reads norms, biases and routers in fp32.
-    small = len(tensor.shape) == 1 or tensor.name.endswith("ffn_gate_inp.weight")
-    return torch.float32 if small else TYPES[dtype][0]
+    # llama.cpp reads norms and biases in fp32.
+    exact = len(tensor.shape) == 1 or tensor.name.endswith(EXACT)
+    return torch.float32 if exact else TYPES[dtype][0]
 
 
 def _ggml_type(kind: torch.dtype) -> gguf.GGMLQuantizationType:

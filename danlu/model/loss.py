@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100  # a target that is not trained, as in torch.nn.functional.cross_entropy
@@ -37,45 +38,53 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Makes the gradients during the forward pass, while a chunk's logits are at hand."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> Tensor:
         to_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
         to_weight = (
             torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if weight.requires_grad else None
         )
+        to_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for part in _chunks(len(hidden), weight):
-            gradient = hidden[part] @ weight.T  # logits first, then overwritten
+            gradient = F.linear(hidden[part], weight, bias)  # logits first, then overwritten
             total += softmax_gradient(gradient, targets[part]).sum(dtype=torch.float64)
             if to_hidden is not None:
                 torch.mm(gradient, weight, out=to_hidden[part])
+            if to_bias is not None:
+                to_bias += gradient.sum(0, dtype=torch.float32)
             if to_weight is not None:
                 for some, rows in zip(gradient.split(WORDS, 1), to_weight.split(WORDS), strict=True):
                     rows += some.T @ hidden[part]
-        ctx.save_for_backward(to_hidden, to_weight)  # type: ignore[arg-type]
+        ctx.save_for_backward(to_hidden, to_weight, to_bias)  # type: ignore[arg-type]
         ctx.dtype = weight.dtype  # type: ignore[attr-defined]
         return total
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, scale: Tensor) -> tuple[Tensor | None, ...]:
-        to_hidden, to_weight = ctx.saved_tensors  # type: ignore[attr-defined]
+        to_hidden, to_weight, to_bias = ctx.saved_tensors  # type: ignore[attr-defined]
         scale = scale.float()
         if to_hidden is not None:
             to_hidden = (to_hidden * scale).to(to_hidden.dtype)
         if to_weight is not None:
             to_weight = to_weight.mul_(scale).to(ctx.dtype)  # type: ignore[attr-defined]
-        return to_hidden, to_weight, None
+        if to_bias is not None:
+            to_bias = (to_bias * scale).to(ctx.dtype)  # type: ignore[attr-defined]
+        return to_hidden, to_weight, to_bias, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The sum over trained tokens of -log softmax(hidden weight^T)[target], in nat, a float64 scalar.
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The sum over trained tokens of -log softmax(hidden weight^T + bias)[target], in nat, a float64 scalar.
 
     Args:
         hidden: [N, width], fp32 or bf16.
         weight: [vocab, width], the head, in the same dtype.
         targets: int64 [N]; rows where it is -100 cost nothing and get no gradient.
+        bias: [vocab], in the same dtype, or None.
     """
     trained = (targets != IGNORED).nonzero()[:, 0]
-    return _LinearCrossEntropy.apply(hidden[trained], weight, targets[trained])
+    return _LinearCrossEntropy.apply(hidden[trained], weight, bias, targets[trained])
 
 
 @torch.no_grad()

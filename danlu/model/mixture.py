@@ -52,9 +52,14 @@ class Bank(nn.Module):
 
     def forward(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """[N, in], the first `sizes[0]` rows for the first expert and so on -> [N, out]."""
-        biases = [None] * len(sizes) if self.bias is None else self.bias.unbind(0)
-        parts = zip(x.split(list(sizes)), self.weight.unbind(0), biases, strict=True)
-        return torch.cat([F.linear(part, weight, bias) for part, weight, bias in parts if len(part)])
+        return bank_linear(x, sizes, self.weight, self.bias)
+
+
+def bank_linear(x: Tensor, sizes: Sequence[int], weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What a bank computes: [N, in] sorted by expert, weight [experts, out, in], bias [experts, out] -> [N, out]."""
+    biases = [None] * len(sizes) if bias is None else bias.unbind(0)
+    parts = zip(x.split(list(sizes)), weight.unbind(0), biases, strict=True)
+    return torch.cat([F.linear(part, matrix, added) for part, matrix, added in parts if len(part)])
 
 
 class BankFeedForward(nn.Module):
@@ -106,8 +111,10 @@ class Mixture(nn.Module):
         asked = x.flatten(0, -2)
         if self.training and settings.jitter:
             asked = asked * torch.empty_like(asked).uniform_(1 - settings.jitter, 1 + settings.jitter)
-        weight = self.router.weight
-        logits = F.linear(asked.float(), weight.float()) if settings.exact_router else self.router(asked).float()
+        if settings.exact_router:
+            logits = F.linear(asked.float(), self.router.weight.float())
+        else:
+            logits = self.router(asked).float()
         weights, experts = logits.softmax(-1).topk(settings.chosen, dim=-1)
         if settings.normalised:
             weights = weights / weights.sum(-1, keepdim=True)

@@ -1,7 +1,7 @@
 """Weights' names: ours, and those of a format, by one table that is read both ways.
 
-A table has a line for every kind of weight, {"blocks.{i}.attention.query": "model.layers.{i}.self_attn.q_proj"}; `.weight`
-or `.bias` follows on both sides. Where a format keeps a weight in another form, a `Place` says how.
+A table has a line for every kind of weight, {"blocks.{i}.attention.query": "model.layers.{i}.self_attn.q_proj"};
+`.weight` or `.bias` follows on both sides. Where a format keeps a weight in another form, a `Place` says how.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Place:
     def take(self, stored: Tensor) -> Tensor:
         """Our weight (one expert's) in a stored tensor, as a view of it where nothing is added."""
         own = stored.reshape(stored.shape[self.ones :])
-        if self.transposed:
+        if self.transposed and own.dim() == 2:
             own = own.T
         own = own.chunk(self.parts, 0)[self.part] if self.parts > 1 else own
         return own - self.plus if self.plus else own
@@ -160,8 +160,6 @@ class Names:
                 parts[place.part] = piece
                 if all(part is not None for part in parts):
                     yield theirs, place, [part for part in waiting.pop(theirs) if part is not None]
-
-
 
 
 def prefixed(prefix: str, table: Table) -> dict[str, str | Place]:

@@ -79,9 +79,9 @@ def self_sight(config: ModelConfig, layer: int, batch: Batch, bias: RelativeBias
         return _cached(seen, batch.keys, bias)
     if bias is not None or batch.masked:
         return _biased(config, seen, batch, bias)
-    size = tuple(places.shape)
     if places.device.type == "cpu":
-        tiles = make_tiles(*size, batch.segments, causal=config.causal, window=window, prefix=batch.prefix)
+        rows, length = places.shape
+        tiles = make_tiles(rows, length, batch.segments, causal=config.causal, window=window, prefix=batch.prefix)
         torch._dynamo.mark_dynamic(tiles, 0)  # every packing has its own number of tiles: compile once for all
         return _with(seen, tiles=tiles)
     if batch.segments is None and batch.prefix is None and window is None:

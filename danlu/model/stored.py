@@ -91,7 +91,7 @@ def _needed(config: AnyConfig, stored: Weights) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight. A damaged number of layers costs neither time nor memory."""
     layers = sum(stack.layers for stack in stacks(config))
     if layers > len(stored.found):
-        what = f"the configuration has {layers:,} layers, but the file only {len(stored.found):,} weights: some are missing"
+        what = f"{layers:,} layers are configured, but there are only {len(stored.found):,} weights: some are missing"
         raise DanluError(what, where=stored.path, fix="the file is incomplete, or its configuration another model's")
     try:
         return {name: tuple(weight.shape) for name, weight in _without_memory(config).state_dict().items()}

@@ -134,7 +134,7 @@ class Stack(nn.Module):
     def new_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` rows of at most `length` tokens."""
         self._check_context(length)
-        weight = self.blocks[0].attention.key.weight
+        weight = next(self.blocks.parameters())
         return Cache(self.config, batch, length, weight.dtype, weight.device)
 
     def _check_context(self, length: int) -> None:
@@ -155,28 +155,43 @@ class Stack(nn.Module):
         return torch.arange(length, device=tokens.device).expand(batch, length), None
 
 
-class Decoder(Stack):
+class Embedded(nn.Module):
+    """What has an embedding at one end and a head at the other."""
+
+    embedding: TextEmbedding | PatchEmbedding
+    head: WordHead | LabelHead | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.embedding.parameters()).device
+
+    @property
+    def word_weight(self) -> Tensor:
+        """The embedding of the words, [vocab, width]."""
+        assert isinstance(self.embedding, TextEmbedding), "an image has no words"
+        return self.embedding.tokens.weight
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[vocab, width], what a head of words multiplies by."""
+        own = self.head.weight if isinstance(self.head, WordHead) else None
+        return self.word_weight if own is None else own
+
+
+class Decoder(Embedded, Stack):
     """A causal language model: tokens, blocks, a norm, and a head.
 
     `forward` ends at the last norm; `logits` applies the head. They are apart because training never needs all
     logits at once (see `danlu.model.loss`).
     """
 
+    embedding: TextEmbedding
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.embedding = TextEmbedding(config)
         self.head = make_head(config)
-
-    @property
-    def device(self) -> torch.device:
-        """Where its weights are."""
-        return self.embedding.tokens.weight.device
-
-    @property
-    def head_weight(self) -> Tensor:
-        """[vocab, width], what `logits` multiplies by."""
-        own = self.head.weight if isinstance(self.head, WordHead) else None
-        return self.embedding.tokens.weight if own is None else own
 
     def forward(
         self,
@@ -213,18 +228,15 @@ class Decoder(Stack):
         assert self.head is not None, "a stack without a head has no logits"
         if isinstance(self.head, LabelHead):
             return self.head(hidden, segments)
-        return self.head(hidden, self.embedding.tokens.weight)
+        return self.head(hidden, self.word_weight)
 
 
-class Encoder(Stack):
+class Encoder(Embedded, Stack):
     """Text or an image in, a hidden state for every place out; all of a row sees all of it, unless it is `causal`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        if config.patches is not None:
-            self.embedding: TextEmbedding | PatchEmbedding = PatchEmbedding(config, config.patches)
-        else:
-            self.embedding = TextEmbedding(config)
+        self.embedding = TextEmbedding(config) if config.patches is None else PatchEmbedding(config, config.patches)
         self.head = make_head(config)
 
     def forward(
@@ -267,12 +279,13 @@ class Encoder(Stack):
         assert self.head is not None, "a stack without a head has no logits"
         if isinstance(self.head, LabelHead):
             return self.head(hidden, segments, tokens)
-        assert isinstance(self.embedding, TextEmbedding)
-        return self.head(hidden, self.embedding.tokens.weight)
+        return self.head(hidden, self.word_weight)
 
 
-class EncoderDecoder(nn.Module):
+class EncoderDecoder(Embedded):
     """A stack that reads and one that writes; both share one embedding."""
+
+    embedding: TextEmbedding
 
     def __init__(self, config: EncoderDecoderConfig) -> None:
         super().__init__()
@@ -281,17 +294,6 @@ class EncoderDecoder(nn.Module):
         self.encoder = Stack(config.encoder)
         self.decoder = Stack(config.decoder)
         self.head = make_head(config.decoder)
-
-    @property
-    def device(self) -> torch.device:
-        """Where its weights are."""
-        return self.embedding.tokens.weight.device
-
-    @property
-    def head_weight(self) -> Tensor:
-        """[vocab, width], what `logits` multiplies by."""
-        own = self.head.weight if isinstance(self.head, WordHead) else None
-        return self.embedding.tokens.weight if own is None else own
 
     def encode(
         self,
@@ -356,7 +358,7 @@ class EncoderDecoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., width] -> [..., vocab]."""
         assert isinstance(self.head, WordHead)
-        return self.head(hidden, self.embedding.tokens.weight)
+        return self.head(hidden, self.word_weight)
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """An empty cache of the decoder, for `batch` rows of at most `length` tokens."""

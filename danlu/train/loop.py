@@ -4,25 +4,54 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from danlu.console import progress
-from danlu.data.stream import Stream
 from danlu.errors import DanluError
 from danlu.train import state
 from danlu.train.objective import Objective
 from danlu.train.optimizer import MasterAdamW
 from danlu.train.watch import Record, Watch, resident_bytes
 
+BUFFER = "buffer."  # before the names of a model's buffers in a checkpoint
+
+
+class Part(Protocol):
+    """A batch, or a part of one.
+
+    Attributes:
+        count: targets that it holds; the loss of a step is a mean over them.
+        size: tokens (or examples) that it holds, for the rate that is shown.
+    """
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def split(self, parts: int) -> Sequence[Part]:
+        """Cut it into parts whose counts sum to its own."""
+        ...
+
+
+class Batches(Protocol):
+    """What to learn from."""
+
+    def batch(self, step: int) -> Part:
+        """The batch of a step, counted from 0: the same at every call, and of nothing but the step."""
+        ...
+
 
 def train(
     model: nn.Module,
     objective: Objective,
-    stream: Stream,
+    stream: Batches,
     optimizer: MasterAdamW,
     schedule: Callable[[int], float],
     *,
@@ -40,6 +69,9 @@ def train(
     a run killed anywhere ends with the same bits as one left alone.
 
     Args:
+        model: any module; what of it learns, `optimizer` holds. Buffers, such as running means, are resumed too.
+        objective: (model, part of a batch) -> Loss.
+        stream: what to learn from.
         schedule: step, counted from 0 -> learning rate.
         micro_batches: parts each batch is cut into; the loss is divided by the whole batch's count, so the gradient
             does not depend on the cut.
@@ -54,6 +86,8 @@ def train(
     if saved is not None:
         done, tensors = saved
         optimizer.load(tensors)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(tensors[BUFFER + name])
     model.train()
     with Watch(out, done) as watch, progress("tuning", steps - done, "steps") as tick:
         for step in range(done, steps):
@@ -63,7 +97,7 @@ def train(
             total = 0.0
             for part in batch.split(micro_batches):
                 loss = objective(model, part)
-                (loss.sum / max(batch.count, 1)).backward()
+                ((loss.sum + loss.penalty) / max(batch.count, 1)).backward()
                 total += float(loss.sum.detach())
             rate = schedule(step)
             norm = optimizer.step(rate)
@@ -73,21 +107,21 @@ def train(
                     f"step {step + 1}: loss {mean}, gradient norm {norm}", fix="lower tune.learning_rate or tune.clip"
                 )
             seconds = time.perf_counter() - started
-            tokens = int((batch.segments > 0).sum())
             watch.record(
                 Record(
                     step=step + 1,
                     loss=mean,
                     learning_rate=rate,
                     gradient_norm=norm,
-                    tokens=tokens,
+                    tokens=batch.size,
                     trained=batch.count,
-                    tokens_per_second=tokens / seconds,
+                    tokens_per_second=batch.size / seconds,
                     seconds=seconds,
                     memory_bytes=resident_bytes(),
                 )
             )
-            tick.advance(1, f"loss {mean:.3f}, {tokens / seconds:,.0f} token/s")
+            tick.advance(1, f"loss {mean:.3f}, {batch.size / seconds:,.0f} token/s")
             if (step + 1) % checkpoint_steps == 0 or step + 1 == steps:
-                state.save(checkpoints, step + 1, optimizer.state(), keep_checkpoints)
+                buffers = {BUFFER + name: buffer for name, buffer in model.named_buffers()}
+                state.save(checkpoints, step + 1, optimizer.state() | buffers, keep_checkpoints)
     return watch.losses

@@ -14,15 +14,25 @@ LINEAR_LAYERS = ("blocks.*.attention.*", "blocks.*.feedforward.*")
 class TuneSettings(Settings):
     """How the model learns."""
 
-    method: Literal["lora", "full"] = Field(
-        "lora", description="train thin adapters beside frozen weights, or all weights"
+    method: Literal["lora", "dora", "full", "partial"] = Field(
+        "lora",
+        description="train thin adapters beside frozen weights (with dora, also the lengths of the weights' rows), all"
+        " weights, or those that train and freeze choose",
     )
-    rank: int = Field(16, gt=0, description="rank of the adapters (lora)")
-    alpha: float = Field(32.0, gt=0, description="the adapters' output is scaled by alpha / rank (lora)")
-    dropout: Share = Field(0.0, ge=0, lt=1, description="share of the adapters' inputs dropped in training (lora)")
+    rank: int = Field(16, gt=0, description="rank of the adapters (lora, dora)")
+    alpha: float = Field(32.0, gt=0, description="the adapters' output is scaled by alpha / rank (lora, dora)")
+    dropout: Share = Field(
+        0.0, ge=0, lt=1, description="share of the adapters' inputs dropped in training (lora, dora)"
+    )
     targets: tuple[str, ...] = Field(
-        LINEAR_LAYERS, min_length=1, description="globs over the names of the linear layers that get an adapter (lora)"
+        LINEAR_LAYERS,
+        min_length=1,
+        description="globs over the names of the linear layers that get an adapter (lora, dora)",
     )
+    train: tuple[str, ...] = Field(
+        (), description='globs over the names of the weights that learn, as in "blocks.2?.*"; default all (partial)'
+    )
+    freeze: tuple[str, ...] = Field((), description="globs over the names of weights that do not learn (partial)")
     epochs: float = Field(1.0, gt=0, description="passes over the training rows, unless steps says how long")
     steps: int | None = Field(None, gt=0, description="optimizer steps; by default as many as the epochs need")
     batch_rows: int = Field(4, gt=0, description="packed rows an optimizer step learns from")
@@ -45,6 +55,15 @@ class TuneSettings(Settings):
     )
     checkpoint_steps: int = Field(10, gt=0, description="steps between checkpoints to resume from")
     keep_checkpoints: int = Field(2, gt=0, description="how many of the last checkpoints are kept while tuning")
+
+    @model_validator(mode="after")
+    def _partial_is_chosen(self) -> TuneSettings:
+        named = [name for name in ("train", "freeze") if getattr(self, name)]
+        if self.method == "partial" and not named:
+            raise ValueError("method partial needs train or freeze: globs over the names of weights")
+        if self.method != "partial" and named:
+            raise ValueError(f"{' and '.join(named)} choose weights for method partial; method is {self.method}")
+        return self
 
     @model_validator(mode="after")
     def _micro_divides(self) -> TuneSettings:

@@ -18,7 +18,7 @@ from danlu.console import say
 from danlu.data.stream import Rows, Stream
 from danlu.errors import DanluError
 from danlu.model.checkpoint import Checkpoint, save_checkpoint
-from danlu.model.lora import add_lora, merge_lora
+from danlu.model.lora import add_lora, freeze, merge_lora, train_only
 from danlu.model.peft import save_adapter
 from danlu.model.transformer import Decoder
 from danlu.train.compiling import choose_compile, compile_blocks
@@ -33,12 +33,13 @@ from danlu.train.settings import TuneSettings
 # Attention probabilities to keep, a query and head, while adapters learn: without masters and moments of all weights
 # there is memory to spare. 320 are all of them in rows of 512 tokens.
 KEEP_PROBABILITIES = 320
+ADAPTERS = ("lora", "dora")  # the methods that train adapters
 
 
 def tune(settings: TuneSettings, base: Checkpoint, data: Path, out: Path, seed: int) -> Figures:
     """Teach a model the training rows.
 
-    Fills `out` with model/ (a Hugging Face directory of merged fp32 weights), adapter/ (LoRA only, PEFT's layout),
+    Fills `out` with model/ (a Hugging Face directory of merged fp32 weights), adapter/ (LoRA and DoRA, PEFT's layout),
     metrics.jsonl and tensorboard/. Checkpoints stand in `out`/work until the end, so calling it again on the same
     directory goes on where it stopped and ends with the same bits.
 
@@ -87,15 +88,8 @@ def tune(settings: TuneSettings, base: Checkpoint, data: Path, out: Path, seed: 
     learned = {name: tensor.detach() for name, tensor in optimizer.masters.items()}
     del model, optimizer
     finished = _finished(settings, base, learned, seed)
-    if settings.method == "lora":
-        save_adapter(
-            finished,
-            out / "adapter",
-            rank=settings.rank,
-            alpha=settings.alpha,
-            dropout=settings.dropout,
-            base=str(base.path),
-        )
+    if settings.method in ADAPTERS:
+        save_adapter(finished, out / "adapter", base=str(base.path))
         merge_lora(finished)
     save_checkpoint(finished, base.tokenizer, out / "model")
     return _figures(out, losses, steps, trainable, time.perf_counter() - started) | {
@@ -106,15 +100,40 @@ def tune(settings: TuneSettings, base: Checkpoint, data: Path, out: Path, seed: 
 
 
 def prepare(settings: TuneSettings, base: Checkpoint, dtype: torch.dtype, seed: int) -> Decoder:
-    """The model ready to learn: frozen and with adapters (lora, base in `dtype`), or all fp32 and trainable (full)."""
-    if settings.method == "full":
-        return base.load(torch.float32)
-    model = base.load(dtype)
-    model.keep_probabilities = KEEP_PROBABILITIES
-    add_lora(
-        model, rank=settings.rank, alpha=settings.alpha, dropout=settings.dropout, targets=settings.targets, seed=seed
-    )
+    """The model ready to learn: what learns in fp32, what is frozen in `dtype`.
+
+    Raises DanluError where a glob matches nothing, or nothing is left to learn.
+    """
+    if settings.method in ADAPTERS:
+        model = base.load(dtype)
+        model.keep_probabilities = KEEP_PROBABILITIES
+        add_lora(
+            model,
+            rank=settings.rank,
+            alpha=settings.alpha,
+            dropout=settings.dropout,
+            targets=settings.targets,
+            seed=seed,
+            dora=settings.method == "dora",
+        )
+        return model
+    model = base.load(torch.float32)
+    if settings.method == "partial":
+        _choose(model, settings)
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
     return model
+
+
+def _choose(model: Decoder, settings: TuneSettings) -> None:
+    """Freeze what partial tuning does not train."""
+    if settings.train:
+        train_only(model, settings.train)
+    if settings.freeze:
+        freeze(model, settings.freeze)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise DanluError("nothing is left to learn", where="tune.freeze", fix="freeze fewer weights, or train more")
 
 
 def _decide(settings: TuneSettings, base: Checkpoint, tokens: int, note: Path) -> tuple[torch.dtype, bool]:
@@ -123,7 +142,7 @@ def _decide(settings: TuneSettings, base: Checkpoint, tokens: int, note: Path) -
         decided = json.loads(note.read_text(encoding="utf-8"))
     else:
         dtype, why = choose_precision(settings.precision)
-        flops = 6 if settings.method == "full" else 4
+        flops = 4 if settings.method in ADAPTERS else 6  # chosen weights count as all, of which they may be most
         compiled, reason = choose_compile(settings.compile, base.config, tokens, flops, dtype)
         decided = {"bf16": dtype == torch.bfloat16, "compile": compiled, "precision": why, "compiling": reason}
         note.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +153,7 @@ def _decide(settings: TuneSettings, base: Checkpoint, tokens: int, note: Path) -
 
 
 def _finished(settings: TuneSettings, base: Checkpoint, learned: dict[str, torch.Tensor], seed: int) -> Decoder:
-    """The base in fp32 with what was learned: adapters beside it, or all weights replaced."""
+    """The base in fp32 with what was learned: adapters beside it, or weights in the place of its own."""
     model = prepare(settings, base, torch.float32, seed)
     places: dict[str, nn.Parameter] = dict(model.named_parameters())
     with torch.no_grad():

@@ -43,6 +43,7 @@ class Watch:
     """Appends records to metrics.jsonl and to TensorBoard; lines past the step resumed from are dropped first."""
 
     def __init__(self, out: Path, done: int) -> None:
+        out.mkdir(parents=True, exist_ok=True)
         path = out / "metrics.jsonl"
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= done]
         path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

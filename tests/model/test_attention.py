@@ -9,18 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from danlu.errors import DanluError
-from danlu.model.attention import _mask
 from danlu.model.config import ModelConfig
+from danlu.model.sight import Batch, visible
 from danlu.model.tiled_attention import make_tiles, tiled_attention
 from danlu.model.transformer import Decoder
 
 
-def by_mask(query, key, value, segments, window):
+def by_mask(query, key, value, causal, window, segments, prefix):
     """The same attention by scaled_dot_product_attention with an explicit mask."""
     positions = torch.arange(query.shape[1]).expand(len(query), -1)
     mixed = F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (query, key, value)),
-        attn_mask=_mask(positions, segments, window),
+        attn_mask=visible(causal, window, Batch(positions, segments, prefix)),
         enable_gqa=True,
         scale=1.0,
     )
@@ -36,20 +36,25 @@ def cases(draw):
         [sum((torch.arange(length) >= cut).int() for cut in row) + torch.ones(length) for row in cuts]
     )
     packed = draw(st.booleans())
-    window, keep = draw(st.sampled_from([None, 1, 7, 64, 500])), draw(st.sampled_from([0, 1, 40, 1000]))
-    return length, rows, segments.int() if packed else None, window, keep
+    causal, keep = draw(st.booleans()), draw(st.sampled_from([0, 1, 40, 1000]))
+    window = draw(st.sampled_from([None, 1, 7, 64, 500])) if causal else None
+    prefixes = st.lists(st.integers(0, length), min_size=rows, max_size=rows)
+    prefix = torch.tensor(draw(prefixes)) if causal and window is None and draw(st.booleans()) else None
+    return length, rows, causal, window, segments.int() if packed else None, prefix, keep
 
 
 @settings(max_examples=40, deadline=None)
 @given(cases())
 def test_equals_masked_attention_with_gradients(case):
-    length, rows, segments, window, keep = case
+    length, rows, causal, window, segments, prefix, keep = case
+    if segments is not None:
+        prefix = None  # in packed rows a prefix is counted from each document's start; here from the row's
     generator = torch.Generator().manual_seed(length)
     inputs = [torch.randn(rows, length, heads, 8, generator=generator).requires_grad_() for heads in (4, 2, 2)]
     upstream = torch.randn(rows, length, 4, 8, generator=generator)
-    tiles = make_tiles(rows, length, segments, window=window)
+    tiles = make_tiles(rows, length, segments, causal=causal, window=window, prefix=prefix)
     ours, _ = tiled_attention(*inputs, tiles, window or 0, keep)
-    theirs = by_mask(*inputs, segments, window or 0)
+    theirs = by_mask(*inputs, causal, window or 0, segments, prefix)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     for mine, other in zip(
         torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(theirs, inputs, upstream), strict=True
@@ -113,8 +118,8 @@ def test_what_the_compiler_is_told_of_the_operator_is_true(length, keep):
 def test_neighbouring_rows_that_lie_alike_share_tiles():
     segments = torch.tensor([[1] * 60 + [2] * 100, [1] * 60 + [2] * 100, [1] * 160]).int()
     tiles = [tuple(tile) for tile in make_tiles(3, 160, segments).tolist()]
-    shared = [(0, 2, 0, 60, 0), (0, 2, 60, 160, 60)]
-    assert tiles == [*shared, (2, 3, 0, 128, 0), (2, 3, 128, 160, 0), (0,) * 5, (0,) * 5]
+    shared = [(0, 2, 0, 60, 0, 60, 1), (0, 2, 60, 160, 60, 160, 1)]
+    assert tiles == [*shared, (2, 3, 0, 128, 0, 128, 1), (2, 3, 128, 160, 0, 160, 1), (0,) * 7, (0,) * 7]
 
 
 def test_kept_probabilities_change_no_bit():

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from danlu.errors import DanluError
 from danlu.gguf_header import read_header
 from danlu.model.checkpoint import Checkpoint
-from danlu.model.config import ModelConfig, RopeScaling
+from danlu.model.config import ModelConfig, RopeScaling, Rotary
 from danlu.model.gguf import Type, read_config, stored_weights, write_gguf
 from danlu.model.position import frequencies
 from danlu.model.transformer import Decoder
@@ -108,7 +108,7 @@ def test_quantised_weights_are_dequantised_as_the_gguf_package_does(
 
 def test_smollm2_is_dequantised_as_the_gguf_package_does(smollm2: Path) -> None:
     header = read_header(smollm2)
-    weights = stored_weights(header, read_config(header)).found
+    weights = stored_weights(header, *read_config(header)).found
     places = {tensor.name: tensor for tensor in header.tensors}
     names = {"blocks.7.feedforward.down": "blk.7.ffn_down", "blocks.0.attention.value": "blk.0.attn_v"}
     for ours, theirs in names.items():
@@ -134,8 +134,14 @@ def test_numbers_beyond_fp16_are_refused_and_nothing_is_left(tmp_path: Path) -> 
     [
         ({"activation": "gelu"}, "with the activation silu, not gelu"),
         ({"qk_norm": True, "attention_bias": True, "output_bias": True}, "qwen3 has no attention biases"),
-        ({"attention_bias": True, "rope_scaling": RopeScaling("llama3", 8.0, 32)}, "no llama3 rope scaling for qwen2"),
-        ({"rope_scaling": RopeScaling("yarn", 8.0, 32, beta_fast=8.0)}, "beta_fast 32 and beta_slow 1 only"),
+        (
+            {"attention_bias": True, "positions": Rotary(scaling=RopeScaling("llama3", 8.0, 32))},
+            "no llama3 rope scaling for qwen2",
+        ),
+        (
+            {"positions": Rotary(scaling=RopeScaling("yarn", 8.0, 32, beta_fast=8.0))},
+            "beta_fast 32 and beta_slow 1 only",
+        ),
         ({"vocab_size": 100}, "vocabulary ends at 100"),
     ],
 )
@@ -156,10 +162,9 @@ def test_a_sliding_window_limits_the_context_and_says_so(tmp_path: Path, capsys:
 
 def test_the_scaling_of_llama_3_is_read_from_its_factors(tiny: Path, tmp_path: Path) -> None:
     """Files of other makers hold only the table of factors."""
-    scaling = RopeScaling("llama3", 32.0, 8192)
-    shape = replace(CONFIG, width=256, head_width=64, rope_base=500_000.0, rope_scaling=scaling)
-    factors = frequencies(replace(shape, rope_scaling=None))[0] / frequencies(shape)[0]
-    model = random_model(width=256, head_width=64, rope_base=500_000.0, rope_scaling=scaling)
+    positions = Rotary(500_000.0, RopeScaling("llama3", 32.0, 8192))
+    factors = frequencies(replace(positions, scaling=None), 64)[0] / frequencies(positions, 64)[0]
+    model = random_model(width=256, head_width=64, positions=positions)
     write_gguf(model, tiny_tokenizer(), tmp_path / "ours.gguf")
     assert torch.equal(
         torch.tensor(next(t for t in gguf.GGUFReader(tmp_path / "ours.gguf").tensors if "rope" in t.name).data), factors
@@ -174,15 +179,21 @@ def test_the_scaling_of_llama_3_is_read_from_its_factors(tiny: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("metadata", "tensors", "complaint"),
     [
-        ({"general.architecture": "mamba"}, {}, "architecture mamba is not known\n.*known: llama, qwen2, qwen3"),
-        ({"llama.expert_count": 8}, {}, "llama.expert_count is 8, which may change the computation"),
+        (
+            {"general.architecture": "mamba"},
+            {},
+            "architecture mamba is not known\n.*known: gemma3, gpt2, llama, qwen2, qwen2moe, qwen3, qwen3moe",
+        ),
+        ({"llama.expert_group_count": 8}, {}, "llama.expert_group_count is 8, which may change the computation"),
+        ({"llama.expert_count": 8}, {}, "lack llama.expert_used_count"),
+        ({"llama.attention.causal": False}, {}, "computes llama as a causal decoder"),
         ({"llama.block_count": 3}, {}, r"gguf: blk\.2\.attn_norm\.weight of shape \[64\] is missing"),
         ({"llama.block_count": None}, {}, "lack llama.block_count"),
-        ({"llama.embedding_length": 128}, {}, r"token_embd\.weight has shape \[300, 64\].*\[300, 128\]"),
+        ({"llama.embedding_length": 128}, {}, r"blk\.0\.attn_norm\.weight has shape \[64\].*\[128\]"),
         ({"llama.rope.dimension_count": 8}, {}, "different widths"),
         ({"llama.attention.head_count_kv": [2, 1]}, {}, "must be a whole number"),
         ({"llama.rope.scaling.type": "longrope"}, {}, "rope scaling longrope is not known"),
-        ({"llama.block_count": 2**31}, {}, r"blk\.2\.attn_norm\.weight of shape"),
+        ({"llama.block_count": 2**31}, {}, "block_count is 2,147,483,648, but the file has only 21 tensors"),
         ({"llama.embedding_length": 2**31, "llama.feed_forward_length": 2**31}, {}, "impossible size"),
         ({"split.count": 2}, {}, "is one part of several"),
         ({}, {"blk.0.ffn_gate_inp.weight": np.zeros((8, 64), np.float32)}, "ffn_gate_inp.weight is not known"),
@@ -203,9 +214,9 @@ def test_linear_scaling_in_its_two_spellings(tiny: Path, tmp_path: Path) -> None
     new = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.5}
     for metadata in (new, {"llama.rope.scale_linear": 2.5}):
         config = Checkpoint.open(rewrite(tiny, tmp_path / "m.gguf", metadata)).config
-        assert config.rope_scaling == RopeScaling("linear", 2.5)
+        assert config.positions == Rotary(scaling=RopeScaling("linear", 2.5))
     none = {"llama.rope.scaling.type": "none"}
-    assert Checkpoint.open(rewrite(tiny, tmp_path / "m.gguf", none)).config.rope_scaling is None
+    assert Checkpoint.open(rewrite(tiny, tmp_path / "m.gguf", none)).config.positions == Rotary()
 
 
 def test_a_file_cut_short_in_its_data_says_where(tiny: Path, tmp_path: Path) -> None:
@@ -229,7 +240,7 @@ def test_one_wrong_byte_never_ends_in_a_traceback(place: float, value: int, tiny
 
 
 def test_other_numbers_of_that_scaling_are_kept_in_a_key_of_our_own(tmp_path: Path) -> None:
-    model = random_model(rope_scaling=RopeScaling("llama3", 4.0, 64, 1.5, 6.0))
+    model = random_model(positions=Rotary(scaling=RopeScaling("llama3", 4.0, 64, 1.5, 6.0)))
     write_gguf(model, tiny_tokenizer(), tmp_path / "m.gguf")
     assert read_header(tmp_path / "m.gguf").need_all("danlu.llama3_scaling", float) == [4.0, 64.0, 1.5, 6.0]
     assert Checkpoint.open(tmp_path / "m.gguf").config == model.config

@@ -36,6 +36,17 @@ def test_value_and_gradients_equal_the_plain_loss():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_a_bias_of_the_head_counts_and_learns():
+    hidden, weight, targets = case()
+    bias = torch.randn(300).requires_grad_()
+    ours = linear_cross_entropy(hidden, weight, targets, bias)
+    plain = F.cross_entropy(hidden @ weight.T + bias, targets, reduction="sum", ignore_index=-100)
+    torch.testing.assert_close(ours.float(), plain, rtol=1e-6, atol=1e-4)
+    mine, theirs = (torch.autograd.grad(value * 0.37, (hidden, weight, bias)) for value in (ours, plain))
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_targets_too_unlikely_for_a_float_keep_their_loss():
     hidden, weight, targets = case()
     hidden = (hidden.detach() * 100).requires_grad_()

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 import transformers
 
 from danlu.model.checkpoint import Checkpoint, save_checkpoint
-from danlu.model.families.family import translate
-from danlu.model.families.llama import WEIGHTS
+from danlu.model.config import Rotary
 from danlu.model.gguf import write_gguf
 from danlu.model.transformer import Decoder
 from tests.model.tiny import CASES, llama_cpp_logits, tiny_reference, tokens
@@ -52,9 +51,10 @@ def test_same_logits_gradients_and_files_as_transformers(
     F.cross_entropy(theirs[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     F.cross_entropy(ours[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     gradients = {name: weight.grad for name, weight in reference.named_parameters()}
+    names = checkpoint.model.family.names
     for name, weight in model.named_parameters():
         assert weight.grad is not None
-        assert torch.allclose(weight.grad, gradients[translate(name, WEIGHTS)], atol=1e-4, rtol=0), name
+        assert torch.allclose(weight.grad, gradients[names.theirs(name)], atol=1e-4, rtol=0), name
 
     save_checkpoint(model, checkpoint.tokenizer, tmp_path / "ours")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
@@ -91,9 +91,9 @@ def test_same_logits_as_llama_cpp(pair: tuple[transformers.PreTrainedModel, Chec
 def test_every_setting_counts(tmp_path: Path) -> None:
     """The cases above would notice: without its own setting, each model computes something else."""
     changes = {
-        "llama3 rope": {"rope_scaling": None},
-        "yarn rope": {"rope_scaling": None},
-        "linear rope": {"rope_scaling": None},
+        "llama3 rope": {"positions": Rotary(500.0)},
+        "yarn rope": {"positions": Rotary(500.0)},
+        "linear rope": {"positions": Rotary(500.0)},
         "mistral window": {"sliding_window": None},
         "llama head_dim": {"norm_epsilon": 1e-6},
     }

@@ -69,7 +69,7 @@ def _read(hf: Fields, head: HeadOf, first: int | None) -> ModelConfig:
         gated=False,
         dropout=dropout,
         attention_dropout=hf.number("attention_probs_dropout_prob", 0.1),
-        head_dropout=hf.number("classifier_dropout", dropout),
+        head_dropout=dropout if hf.get("classifier_dropout") is None else hf.number("classifier_dropout"),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from danlu.errors import DanluError
 from danlu.model.config import AnyConfig
 from danlu.model.families.fields import Fields
 from danlu.model.names import Names, Table
@@ -73,5 +74,5 @@ class Family:
         try:
             written = self.file(config)
             return self.accepts(written) and self.config(written) == config
-        except (AttributeError, TypeError, AssertionError):  # a configuration of another body
+        except (AttributeError, TypeError, AssertionError, DanluError):  # a configuration of another body
             return False

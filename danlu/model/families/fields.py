@@ -28,9 +28,23 @@ HARMLESS = {
     *("id2label", "label2id", "problem_type", "return_dict", "output_attentions", "output_hidden_states"),
     *("output_past", "output_router_logits", "task_specific_params", "torchscript", "finetuning_task", "_commit_hash"),
     *("is_encoder_decoder", "num_labels", "n_ctx", "language", "unsloth_version", "unsloth_fixed", "name", "license"),
-    *("cache_implementation", "max_length", "min_length", "do_sample", "num_beams", "early_stopping", "tokenizer_class"),
+    *(
+        "cache_implementation",
+        "max_length",
+        "min_length",
+        "do_sample",
+        "num_beams",
+        "early_stopping",
+        "tokenizer_class",
+    ),
     *("prefix", "max_position_embedding", "chunk_size_feed_forward", "is_composition", "summary_type"),
     *("summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"),
+}
+
+# Keys that change nothing at 1.
+FACTORS = {
+    *("partial_rotary_factor", "embedding_multiplier", "residual_multiplier", "attention_multiplier"),
+    *("logit_scale", "logits_scaling"),
 }
 
 
@@ -62,8 +76,9 @@ class Fields:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A number."""
-        value = self.get(key, default)
+        """A number; null is none."""
+        self._asked.add(key)
+        value = self.hf.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self._malformed(key, value, "a number")
         return float(value)
@@ -110,14 +125,19 @@ class Fields:
 
     def finish(self) -> None:
         """Stop at keys that nobody asked for, unless they are empty or say nothing about the computation."""
-        left = sorted(key for key, value in self.hf.items() if value and key not in self._asked | HARMLESS)
+        left = [
+            f"{key} is {value!r}"
+            for key, value in sorted(self.hf.items())
+            if value and key not in self._asked | HARMLESS and not (key in FACTORS and value == 1)
+        ]
         if left:
-            said = ", ".join(f"{key} ({self.hf[key]!r})" for key in left)
-            what = f"keys that have no effect in Danlu: {said}"
-            fix = "where they change nothing about the computation, delete them from config.json"
+            what = f"{', '.join(left)}: not computed by Danlu for this architecture"
+            fix = (
+                "where a key changes nothing about the computation, delete it from config.json; else use another model"
+            )
             raise DanluError(what, where=self.where, fix=fix)
 
     def _malformed(self, key: str, value: Any, expected: str) -> DanluError:
-        if value is None:
+        if key not in self.hf:
             return DanluError(f"lacks {key}", where=self.where)
         return DanluError(f"{key} is {value!r}; it must be {expected}", where=self.where)

@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019): learned positions, LayerNorm before each half of a block, one tensor for query, key, value.
+"""GPT-2 (Radford et al. 2019): learned positions, and one tensor for query, key and value.
 
 Source: transformers' modeling_gpt2.py; its matrices are stored as [in, out].
 """
@@ -10,10 +10,10 @@ from typing import Any
 from danlu.model.config import Learned, ModelConfig
 from danlu.model.families.family import Family
 from danlu.model.families.fields import ACTIVATIONS, Fields
-from danlu.model.names import Place
+from danlu.model.names import Place, Table
 
 LAYER = "transformer.h.{i}."
-WEIGHTS = {
+WEIGHTS: Table = {
     "embedding.tokens": "transformer.wte",
     "embedding.positions": "transformer.wpe",
     "blocks.{i}.attention_norm": LAYER + "ln_1",
@@ -27,7 +27,7 @@ WEIGHTS = {
     "norm": "transformer.ln_f",
     "head": "lm_head",
 }
-GGUF_WEIGHTS = {
+GGUF_WEIGHTS: Table = {
     "embedding.tokens": "token_embd",
     "embedding.positions": "position_embd",
     "blocks.{i}.attention_norm": "blk.{i}.attn_norm",
@@ -82,7 +82,8 @@ def _write(config: ModelConfig) -> dict[str, Any]:
         "n_inner": config.feedforward_width,
         "n_positions": config.context,
         "layer_norm_epsilon": config.norm_epsilon,
-        "activation_function": ACTIVATIONS[config.activation],
+        # "gelu_new" is the same function as "gelu_pytorch_tanh", and what GPT-2's own configuration says.
+        "activation_function": "gelu_new" if config.activation == "gelu_tanh" else ACTIVATIONS[config.activation],
         "tie_word_embeddings": config.tied,
         "resid_pdrop": config.dropout,
         "embd_pdrop": config.dropout,

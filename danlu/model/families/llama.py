@@ -103,17 +103,13 @@ def read_window(hf: Fields, on: bool, first: int | None = None) -> dict[str, Any
 
 def layer_types(config: ModelConfig) -> list[str]:
     """What transformers calls each layer's attention."""
-    return [
-        "full_attention" if config.window(layer) is None else "sliding_attention" for layer in range(config.layers)
-    ]
+    return ["full_attention" if config.window(layer) is None else "sliding_attention" for layer in range(config.layers)]
 
 
 def _read_llama(hf: Fields) -> ModelConfig:
     biases = hf.flag("attention_bias")
     hf.ignore("sliding_window", "use_sliding_window", "max_window_layers")  # Llama has none, whatever they say
-    return read_decoder(
-        hf, attention_bias=biases, output_bias=biases, feedforward_bias=hf.flag("mlp_bias", False)
-    )
+    return read_decoder(hf, attention_bias=biases, output_bias=biases, feedforward_bias=hf.flag("mlp_bias", False))
 
 
 def _write_llama(config: ModelConfig) -> dict[str, Any]:

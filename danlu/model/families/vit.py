@@ -13,10 +13,10 @@ from danlu.errors import DanluError
 from danlu.model.config import Head, Learned, ModelConfig, Patches
 from danlu.model.families.family import Family
 from danlu.model.families.fields import ACTIVATIONS, Fields
-from danlu.model.names import Place, prefixed
+from danlu.model.names import Place, Table, prefixed
 
 LAYER = "encoder.layer.{i}."
-BODY = {
+BODY: Table = {
     "embedding.class_token": Place("embeddings.cls_token", bare=True, ones=2),
     "embedding.positions.weight": Place("embeddings.position_embeddings", bare=True, ones=1),
     "embedding.patches": "embeddings.patch_embeddings.projection",
@@ -103,13 +103,17 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     if config.head.task == "sequence":
         hf["id2label"] = {str(label): f"LABEL_{label}" for label in range(config.head.outputs)}
         hf["label2id"] = {f"LABEL_{label}": label for label in range(config.head.outputs)}
-    return hf | write_patches(config.patches) | {
-        "layer_norm_eps": config.norm_epsilon,
-        "qkv_bias": config.attention_bias,
-        "hidden_act": ACTIVATIONS[config.activation],
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.attention_dropout,
-    }
+    return (
+        hf
+        | write_patches(config.patches)
+        | {
+            "layer_norm_eps": config.norm_epsilon,
+            "qkv_bias": config.attention_bias,
+            "hidden_act": ACTIVATIONS[config.activation],
+            "hidden_dropout_prob": config.dropout,
+            "attention_probs_dropout_prob": config.attention_dropout,
+        }
+    )
 
 
 def _labels(hf: Fields) -> Head:
