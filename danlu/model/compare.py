@@ -23,7 +23,7 @@ from danlu.model.head import WordHead
 from danlu.model.stored import stacks
 from danlu.model.transformer import Decoder, Encoder, EncoderDecoder, EncoderPair, Model
 
-ROWS, IMAGES = 3, 2
+IMAGES = 2
 LENGTH, LONGEST = 48, 1024  # tokens of the longest row; more, up to the second, where a window or bucket lies farther
 PAST = 16  # tokens beyond that
 PROMPT, STEPS = 8, 16  # tokens of the greedy comparison
@@ -102,7 +102,7 @@ class Comparison:
 
 
 def check(ref: str | Path, tolerance: float) -> Comparison:
-    """Load a model with Danlu and with transformers, in fp32, and compare what they compute.
+    """Load a model with Danlu and with transformers, in fp32 (8 bytes a parameter together), and compare the results.
 
     Args:
         ref: a Hugging Face directory, or what leads to one (see `find_checkpoint`).
@@ -141,7 +141,8 @@ def load_reference(family: Family, path: Path) -> Any:
             path, dtype=torch.float32, attn_implementation="eager", use_safetensors=True, local_files_only=True
         ).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise DanluError(f"transformers cannot load it: {str(error).strip().splitlines()[0]}", where=path) from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DanluError(f"transformers cannot load it: {reason}", where=path) from None
 
 
 # --- The batch ------------------------------------------------------------------------------------------------------

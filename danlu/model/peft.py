@@ -1,6 +1,6 @@
 """Adapters in the layout of Hugging Face's PEFT library: what other tools load, and what they have trained.
 
-Source: PEFT's own files, versions 0.17 to 0.21. A layer's tensors are lora_A.weight [rank, in], lora_B.weight
+Source: the files that PEFT 0.21 writes. A layer's tensors are lora_A.weight [rank, in], lora_B.weight
 [out, rank] and, with DoRA, lora_magnitude_vector [out]. Where transformers keeps the matrices of all experts in one
 parameter, they are [experts * rank, in], expert by expert, and [out, rank * experts], rank by rank.
 """

@@ -24,8 +24,8 @@ class MasterAdamW:
 
     def __init__(self, masters: dict[str, Tensor], copies: dict[str, nn.Parameter], settings: TuneSettings) -> None:
         self.masters, self.copies, self.clip = masters, copies, settings.clip
-        matrices = [tensor for tensor in masters.values() if tensor.dim() >= 2]
-        others = [tensor for tensor in masters.values() if tensor.dim() < 2]
+        matrices = [tensor for name, tensor in masters.items() if _decays(name, tensor)]
+        others = [tensor for name, tensor in masters.items() if not _decays(name, tensor)]
         groups = [
             {"params": matrices, "weight_decay": settings.weight_decay},
             {"params": others, "weight_decay": 0.0},
@@ -70,6 +70,11 @@ class MasterAdamW:
                 }
             for name, copy in self.copies.items():
                 copy.copy_(self.masters[name])
+
+
+def _decays(name: str, tensor: Tensor) -> bool:
+    """Matrices do. A bank of experts stacks biases and magnitudes, which are vectors all the same."""
+    return tensor.dim() >= 2 and not name.endswith(("bias", "lora_magnitude"))
 
 
 def _hand_over(master: Tensor) -> Callable[[Tensor], None]:

@@ -45,8 +45,8 @@ def compared(pair: Twin, ours: Model | None = None) -> Comparison:
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_every_family_is_as_transformers_computes_it(case: str, tmp_path: Path) -> None:
-    code, told, said = danlu(twin(case, tmp_path).path, "--json")
+def test_every_family_is_as_transformers_computes_it(case: str, made: Made) -> None:
+    code, told, said = danlu(made(case).path, "--json")
     found = json.loads(told)
     assert code == 0 and found["ok"] and found["first"] is None, said
     names = [line["what"] for line in found["differences"]]

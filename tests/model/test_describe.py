@@ -16,7 +16,8 @@ from danlu.cli import app
 from danlu.cli import model as model_commands
 from danlu.errors import DanluError
 from danlu.model.config import AnyConfig, ModelConfig
-from danlu.model.describe import BYTES, CheckpointFacts, FamilyFacts, costs, count_parameters, describe
+from danlu.model.costs import costs, count_parameters
+from danlu.model.describe import BYTES, CheckpointFacts, FamilyFacts, describe
 from danlu.model.families.family import Family
 from danlu.model.families.known import FAMILIES, family_of
 from danlu.model.sight import Batch, visible
@@ -286,14 +287,14 @@ def test_a_family_as_text_and_json() -> None:
     ]
 
 
-def test_a_directory_named_like_a_family_is_the_one_meant(
+def test_a_path_named_like_a_family_is_the_one_meant(
     mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mixtral").symlink_to(mixtral)
     monkeypatch.chdir(tmp_path)
     code, told, said = danlu("mixtral")
     assert code == 0 and "parameters" in told
-    assert "the directory mixtral is meant; for the family:  danlu model MixtralForCausalLM" in said
+    assert "the path mixtral is meant; for the family:  danlu model MixtralForCausalLM" in said
 
 
 def test_a_mistake_gets_one_message_and_exit_code_2() -> None:

@@ -69,7 +69,7 @@ def test_tokens_are_drawn_as_often_as_is_likely() -> None:
     assert counts.tolist() == [50, 500, 0, 150, 300]
     assert draw(chances.log()[None], [0.0]).item() == 0
     assert draw(chances.log()[None], [1 - 2**-53]).item() == 4
-    assert draw(torch.tensor([[-torch.inf, 2.0, -torch.inf]]), [1 - 2**-53]).item() == 1
+    assert draw(torch.tensor([[-torch.inf, 2.0, -torch.inf]] * 2), [0.0, 1 - 2**-53]).tolist() == [1, 1]
 
 
 def test_the_same_seed_draws_the_same_and_another_does_not() -> None:
