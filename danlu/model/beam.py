@@ -12,6 +12,7 @@ from torch import Tensor
 from danlu.errors import DanluError
 from danlu.model.allowed import Allowed, Place, only
 from danlu.model.generate import check_answers, check_prompts
+from danlu.model.sampling import no_numbers
 from danlu.model.writer import Writer, Writing
 
 
@@ -38,11 +39,11 @@ def beam_search(
         early_stopping: end once `beams` answers are complete. Otherwise go on while the best of those under way is
             better, as it stands, than the worst of those complete.
 
-    Raises DanluError where a prompt is empty or does not fit in the context together with its answer, or where not
-    every allowed answer can be written.
+    Raises DanluError where a prompt is empty or does not fit in the context together with its answer, where not every
+    allowed answer can be written, or where the model's logits are not numbers.
     """
-    if beams < 1 or not math.isfinite(length_penalty):
-        what = f"beams is {beams} and length_penalty {length_penalty}; they must be at least 1, and a number"
+    if beams < 1 or not -10 <= length_penalty <= 10:
+        what = f"beams is {beams} and length_penalty {length_penalty}; they must be at least 1, and from -10 to 10"
         raise DanluError(what, where="generate")
     check_prompts(model, prompts, max_new_tokens)
     check_answers(model, max_new_tokens, stop_ids, allowed)
@@ -64,6 +65,8 @@ def beam_search(
             break
         writer.keep([beam.row for beam in under_way])
         writer.write(torch.tensor([beam.ids[-1] for beam in under_way], device=model.device))
+    if not all(search.complete for search in searches):
+        raise no_numbers()
     return [search.complete[0][1] for search in searches]
 
 

@@ -297,6 +297,8 @@ class EncoderDecoderConfig:
             raise _wrong("an encoder sees all of its row; a decoder sees what came before, and the encoder's output")
         if (self.encoder.vocab_size, self.encoder.width) != (self.decoder.vocab_size, self.decoder.width):
             raise _wrong("encoder and decoder share one embedding: vocab_size and width must be the same")
+        if isinstance(self.decoder.positions, Learned) and self.encoder.context > self.decoder.context:
+            raise _wrong("encoder and decoder share the learned positions: the decoder's context must be the longer")
 
 
 @dataclass(frozen=True)

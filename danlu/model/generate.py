@@ -10,8 +10,8 @@ from torch import Tensor
 from danlu.errors import DanluError
 from danlu.model.allowed import Allowed, only
 from danlu.model.sampling import GREEDY, Choice, Chooser
-from danlu.model.streaming import StopStrings, TextStream
 from danlu.model.writer import Writer, Writing, room
+from danlu.streaming import StopStrings, TextStream
 from danlu.tokenizer import Tokenizer
 
 

@@ -44,16 +44,16 @@ class Choice:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (self.temperature == 0 or COLDEST <= self.temperature < math.inf):
-            raise _wrong("temperature", self.temperature, f"0 or at least {COLDEST}")
-        if self.top_k < 0:
-            raise _wrong("top_k", self.top_k, "at least 0")
-        if not 0 < self.top_p <= 1:
-            raise _wrong("top_p", self.top_p, "above 0 and at most 1")
-        if not 0 <= self.min_p <= 1:
-            raise _wrong("min_p", self.min_p, "from 0 to 1")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise _wrong("repetition_penalty", self.repetition_penalty, "above 0")
+        greedy = self.temperature == 0
+        for name, right, range_ in (
+            ("temperature", greedy or COLDEST <= self.temperature < math.inf, f"0 or at least {COLDEST}"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0"),
+        ):
+            if not right:
+                raise DanluError(f"{name} is {getattr(self, name)}; it must be {range_}", where="generate")
 
 
 GREEDY = Choice()
@@ -80,10 +80,7 @@ class Chooser:
 
     @torch.inference_mode()
     def choose(self, logits: Tensor) -> Tensor:
-        """[rows, vocab] -> int64 [rows].
-
-        Raises DanluError where tokens are drawn and a row's logits are not numbers.
-        """
+        """[rows, vocab] -> int64 [rows]. Raises DanluError where tokens are drawn and the logits are not numbers."""
         if self._used is not None:
             logits = penalised(logits.float(), self._used, self._choice.repetition_penalty)
         if self._choice.temperature == 0:
@@ -125,9 +122,14 @@ def draw(scores: Tensor, chances: list[float]) -> Tensor:
     """
     sums = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
     if not sums[:, -1].isfinite().all():
-        raise DanluError("the model's logits are not numbers", where="generate", fix="check its weights and its dtype")
+        raise no_numbers()
     points = sums[:, -1:] * torch.tensor(chances, dtype=torch.float64, device=scores.device)[:, None]
     return torch.searchsorted(sums, points, right=True)[:, 0]
+
+
+def no_numbers() -> DanluError:
+    """The error for logits among which nothing can be chosen: not-a-number, or infinite."""
+    return DanluError("the model's logits are not numbers", where="generate", fix="check its weights and its dtype")
 
 
 def _at_least(scores: Tensor, least: Tensor) -> Tensor:
@@ -145,7 +147,3 @@ def _least_of_top_p(scores: Tensor, top_p: float) -> Tensor:
         if count == scores.shape[-1] or not kept[:, -1].any():
             return ranked.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
         count = scores.shape[-1]
-
-
-def _wrong(name: str, value: float, range_: str) -> DanluError:
-    return DanluError(f"{name} is {value}; it must be {range_}", where="generate")

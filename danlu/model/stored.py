@@ -62,7 +62,7 @@ def build(config: AnyConfig, stored: Weights, dtype: torch.dtype, device: torch.
     model = _without_memory(config)
     weights = {name: stored.found[name].read(dtype).to(device) for name in model.state_dict()}
     model.load_state_dict(weights, assign=True)
-    return model
+    return model.eval()  # nothing drops out until someone trains it
 
 
 def check(config: AnyConfig, stored: Weights) -> None:

@@ -82,10 +82,14 @@ def test_a_batch_equals_each_prompt_alone(both: Twin) -> None:
 
 def test_wrong_calls_are_refused() -> None:
     model = made()
-    for wrong in ({"beams": 0}, {"beams": 2, "length_penalty": float("nan")}):
-        with pytest.raises(DanluError, match="must be at least 1, and a number"):
+    for wrong in ({"beams": 0}, {"beams": 2, "length_penalty": float("nan")}, {"beams": 2, "length_penalty": 400.0}):
+        with pytest.raises(DanluError, match="must be at least 1, and from -10 to 10"):
             beam_search(model, [[1]], max_new_tokens=1, **wrong)
     with pytest.raises(DanluError, match="60 tokens leaves room for 4, not for an answer of 5"):
         beam_search(model, [[1] * 60], beams=2, max_new_tokens=5)
     assert beam_search(model, [[1]], beams=2, max_new_tokens=0) == [[]]
     assert beam_search(model, [], beams=2, max_new_tokens=3) == []
+    with torch.no_grad():
+        model.blocks[0].attention.value.weight[0, 0] = float("nan")
+    with pytest.raises(DanluError, match="logits are not numbers"):
+        beam_search(model, [[1]], beams=2, max_new_tokens=5)

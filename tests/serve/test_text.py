@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from danlu.serve.backend import GGUFBackend
-from danlu.serve.text import Sampling, StopStrings, TextStream, answer
+from danlu.serve.text import Sampling, answer
+from danlu.streaming import StopStrings, TextStream
 from danlu.tokenizer import Tokenizer
 
 CHINESE = "炼大模型👩‍🔬：丹炉里的火，烧了七七四十九天。\n龘𠮷 naïve café 🇨🇳 end"
