@@ -218,10 +218,10 @@ def alone(case: str, mode: str, side: str) -> None:
     print(int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024)
 
 
-def lean(case: str) -> Any:
+def lean(case: str, experts: str = "") -> Any:
     """transformers' model, made in bf16 at once."""
     torch.set_default_dtype(torch.bfloat16)
-    return their_model(case)
+    return their_model(case, experts)
 
 
 def main() -> None:

@@ -125,7 +125,7 @@ class Attention(nn.Module):
     def _mix(self, query: Tensor, key: Tensor, value: Tensor, see: Sight) -> Tensor:
         """[B, T, heads, head_width] of scaled queries -> the same shape of mixed values."""
         if see.tiles is not None:
-            mixed, _ = tiled_attention(query, key, value, see.tiles, see.window, see.keep)
+            mixed, _ = tiled_attention(query, key, value, see.tiles, see.window, see.keep, see.bias)
             return mixed
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         grouped = self.heads != self.kv_heads

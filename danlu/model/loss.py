@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100  # a target that is not trained, as in torch.nn.functional.cross_entropy
@@ -47,8 +46,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         )
         to_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        for part in _chunks(len(hidden), weight):
-            gradient = F.linear(hidden[part], weight, bias)  # logits first, then overwritten
+        parts = list(_chunks(len(hidden), weight))
+        # Memory that is taken once, and not anew for every part, is not cleared by the system each time.
+        room = weight.new_empty(max((part.stop - part.start for part in parts), default=0), len(weight))
+        product = weight.new_empty(min(WORDS, len(weight)), weight.shape[1])
+        for part in parts:
+            gradient = torch.mm(hidden[part], weight.T, out=room[: part.stop - part.start])  # logits first
+            if bias is not None:
+                gradient += bias
             total += softmax_gradient(gradient, targets[part]).sum(dtype=torch.float64)
             if to_hidden is not None:
                 torch.mm(gradient, weight, out=to_hidden[part])
@@ -56,7 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 to_bias += gradient.sum(0, dtype=torch.float32)
             if to_weight is not None:
                 for some, rows in zip(gradient.split(WORDS, 1), to_weight.split(WORDS), strict=True):
-                    rows += some.T @ hidden[part]
+                    rows += torch.mm(some.T, hidden[part], out=product[: some.shape[1]])
         ctx.save_for_backward(to_hidden, to_weight, to_bias)  # type: ignore[arg-type]
         ctx.dtype = weight.dtype  # type: ignore[attr-defined]
         return total

@@ -84,10 +84,18 @@ class RelativeBias(nn.Module):
         self.settings, self.causal = settings, causal
         self.weight = nn.Parameter(torch.randn(settings.buckets, heads) * 0.02)
 
+    def square(self, length: int) -> Tensor:
+        """[heads, length, length] for places one after another, by their distance: packed rows have the same."""
+        ahead = torch.arange(1 - length, length, device=self.weight.device)
+        by_distance = self.weight.T[:, self._buckets(ahead)]
+        # Row r of the view begins r places later: it belongs to the query length - 1 - r.
+        return by_distance.unfold(1, length, 1).flip(1)
+
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Positions int64 [B, T] and [B, S] -> [B, heads, T, S], to be added to the scores."""
         buckets = self._buckets(keys[:, None, :] - queries[:, :, None])
-        return self.weight[buckets].permute(0, 3, 1, 2)
+        # Heads first, so that the scores' own order needs no copy.
+        return self.weight.T[:, buckets].transpose(0, 1)
 
     def _buckets(self, ahead: Tensor) -> Tensor:
         """The bucket of a distance; positive ones are ahead of the query."""

@@ -27,6 +27,7 @@ class Sight:
         window: keys a token may look back on, itself included; 0 for no limit.
         tiles: the work list of `tiled_attention`.
         keep: the probabilities it keeps, a query.
+        bias: what it adds to the scores, [heads, T, T], or None.
         blocks: the block mask of FlexAttention.
         mask: bool [B, 1, T, keys], True where a query may look, or what is added to the scores, [B, heads, T, keys].
         causal: each query sees the keys up to its own place.
@@ -37,6 +38,7 @@ class Sight:
     window: int = 0
     tiles: Tensor | None = None
     keep: int = 0
+    bias: Tensor | None = None
     blocks: Any = None
     mask: Tensor | None = None
     causal: bool = False
@@ -77,13 +79,13 @@ def self_sight(config: ModelConfig, layer: int, batch: Batch, bias: RelativeBias
     seen = Sight(places, turned, window or 0, keep=batch.keep)
     if batch.keys is not None:
         return _cached(seen, batch.keys, bias)
-    if bias is not None or batch.masked:
+    if batch.masked or (bias is not None and places.device.type != "cpu"):
         return _biased(config, seen, batch, bias)
     if places.device.type == "cpu":
         rows, length = places.shape
         tiles = make_tiles(rows, length, batch.segments, causal=config.causal, window=window, prefix=batch.prefix)
         torch._dynamo.mark_dynamic(tiles, 0)  # every packing has its own number of tiles: compile once for all
-        return _with(seen, tiles=tiles)
+        return _with(seen, tiles=tiles, bias=None if bias is None else bias.square(length))
     if batch.segments is None and batch.prefix is None and window is None:
         return _with(seen, causal=config.causal)
     return _with(seen, blocks=_blocks(config.causal, seen, batch))
@@ -138,9 +140,14 @@ def _cached(seen: Sight, keys: int, bias: RelativeBias | None) -> Sight:
 
 def _biased(config: ModelConfig, seen: Sight, batch: Batch, bias: RelativeBias | None) -> Sight:
     mask = visible(config.causal, seen.window, batch)
-    # A query that may see nothing is padding; it sees everything instead, since a softmax over nothing is no number.
-    mask = mask | ~mask.any(-1, keepdim=True)
-    return _with(seen, mask=mask if bias is None else _added(bias(seen.positions, seen.positions), mask))
+    if batch.segments is not None:
+        # A query that may see nothing is padding; it sees everything instead: a softmax over nothing is no number.
+        mask = mask | ~mask.any(-1, keepdim=True)
+    if bias is None:
+        return _with(seen, mask=mask)
+    added = bias.square(seen.positions.shape[1])[None]
+    alike = batch.segments is None and batch.prefix is None and not config.causal and not seen.window
+    return _with(seen, mask=added if alike else _added(added, mask))
 
 
 def _added(bias: Tensor, mask: Tensor) -> Tensor:

@@ -39,6 +39,10 @@ class Tile(NamedTuple):
         """The places of the keys in x, [B, T, kv_heads, width]."""
         return x[self.row : self.row_end, self.key : self.key_end]
 
+    def square(self, x: Tensor) -> Tensor:
+        """The places of the pairs in x, [heads, T, T]."""
+        return x[:, self.query : self.query_end, self.key : self.key_end]
+
     def pairs(self) -> int:
         """Pairs of a query and a key, for one head."""
         return (self.row_end - self.row) * (self.query_end - self.query) * (self.key_end - self.key)
@@ -93,7 +97,7 @@ def _runs(numbers: np.ndarray) -> list[tuple[int, int]]:
 
 @torch.library.custom_op("danlu::tiled_attention", mutates_args=())
 def tiled_attention(
-    query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, window: int, keep: int
+    query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, window: int, keep: int, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention of [B, T, heads, head_width] queries over [B, T, kv_heads, head_width] keys and values.
 
@@ -105,6 +109,7 @@ def tiled_attention(
         window: keys a query may look back on, itself included; 0 for no limit.
         keep: how many probabilities to keep for the backward pass, on average a query and head, instead of computing
             them again. It buys a fifth of the time for `keep` numbers a token and head.
+        bias: [heads, T, T], added to the scores of every row; None for none.
 
     Returns: [B, T, heads, head_width], zero at places in no tile; and the kept probabilities, in one line.
     """
@@ -113,58 +118,81 @@ def tiled_attention(
     kept = query.new_empty(_kept_size(query, keep))
     for tile, room in _with_room(tiles, kept, query.shape[2]):
         queries, keys, values = (_matrices(x, kv_heads) for x in (tile.here(query), tile.there(key), tile.there(value)))
-        probability = _probability(queries, keys, tile, window, room)
+        probability = _probability(queries, keys, tile, window, bias, room)
         _put(tile.here(mixed), probability @ values, kv_heads)
     return mixed, kept
 
 
 @tiled_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, window: int, keep: int) -> tuple[Tensor, Tensor]:
+def _(
+    query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, window: int, keep: int, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(query), query.new_empty(_kept_size(query, keep))
 
 
 @torch.library.custom_op("danlu::tiled_attention_backward", mutates_args=())
 def tiled_attention_backward(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, kept: Tensor, window: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `tiled_attention` for query, key and value; sums over tiles are made in fp32."""
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tiles: Tensor,
+    kept: Tensor,
+    window: int,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `tiled_attention` for query, key, value and bias; sums over tiles and rows are made in fp32.
+
+    Without a bias its gradient is empty.
+    """
     kv_heads = key.shape[2]
+    to_bias = query.new_zeros(0 if bias is None else bias.shape, dtype=torch.float32)
     to_query = torch.zeros_like(query)
     to_key, to_value = torch.zeros_like(key, dtype=torch.float32), torch.zeros_like(value, dtype=torch.float32)
     for tile, room in _with_room(tiles, kept, query.shape[2]):
         queries, upstream = (_matrices(tile.here(x), kv_heads) for x in (query, gradient))
         keys, values = (_matrices(tile.there(x), kv_heads) for x in (key, value))
         if room is None:
-            probability = _probability(queries, keys, tile, window, None)
+            probability = _probability(queries, keys, tile, window, bias, None)
         else:
             probability = room.view(len(queries), queries.shape[1], keys.shape[1])
         to_probability = upstream @ values.mT
         to_score = torch._softmax_backward_data(to_probability, probability, -1, probability.dtype)
+        if bias is not None:
+            tile.square(to_bias).add_(_by_bias(to_score, tile, kv_heads).sum(0, dtype=torch.float32))
         _put(tile.here(to_query), to_score @ keys, kv_heads)
         _add(tile.there(to_key), to_score.mT @ queries, kv_heads)
         _add(tile.there(to_value), probability.mT @ upstream, kv_heads)
-    return to_query, to_key.to(key.dtype), to_value.to(value.dtype)
+    return to_query, to_key.to(key.dtype), to_value.to(value.dtype), to_bias.to(query.dtype)
 
 
 @tiled_attention_backward.register_fake
 def _(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, tiles: Tensor, kept: Tensor, window: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tiles: Tensor,
+    kept: Tensor,
+    window: int,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    to_bias = query.new_empty(0 if bias is None else bias.shape)
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), to_bias
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, tiles, window, _ = inputs
+    query, key, value, tiles, window, _, bias = inputs
     _, kept = output
-    ctx.save_for_backward(query, key, value, tiles, kept)
+    ctx.save_for_backward(query, key, value, tiles, kept, bias)
     ctx.mark_non_differentiable(kept)
     ctx.window = window
 
 
 def _backward(ctx: Any, gradient: Tensor, _: None) -> tuple[Tensor | None, ...]:
-    query, key, value, tiles, kept = ctx.saved_tensors
-    window = ctx.window
-    return *tiled_attention_backward(gradient, query, key, value, tiles, kept, window), None, None, None
+    query, key, value, tiles, kept, bias = ctx.saved_tensors
+    *gradients, to_bias = tiled_attention_backward(gradient, query, key, value, tiles, kept, ctx.window, bias)
+    return *gradients, None, None, None, None if bias is None else to_bias
 
 
 tiled_attention.register_autograd(_backward, setup_context=_save)
@@ -210,11 +238,29 @@ def _add(x: Tensor, matrices: Tensor, kv_heads: int) -> None:
     place.add_(matrices.view(place.shape))
 
 
-def _probability(queries: Tensor, keys: Tensor, tile: Tile, window: int, room: Tensor | None) -> Tensor:
+def _by_bias(score: Tensor, tile: Tile, kv_heads: int) -> Tensor:
+    """Scores [rows x kv_heads, queries x group, keys] seen as [rows, heads, queries, keys], which a bias has."""
+    rows, places = tile.row_end - tile.row, tile.query_end - tile.query
+    apart = score.view(rows, kv_heads, places, -1, score.shape[-1]).transpose(2, 3)
+    return apart.flatten(1, 2)
+
+
+def _add_bias(score: Tensor, bias: Tensor, tile: Tile, kv_heads: int) -> None:
+    """Add a bias [heads, T, T] to scores [rows x kv_heads, queries x group, keys]."""
+    rows, places = tile.row_end - tile.row, tile.query_end - tile.query
+    apart = score.view(rows, kv_heads, places, -1, score.shape[-1]).transpose(2, 3)
+    apart.add_(tile.square(bias).unflatten(0, (kv_heads, -1)))
+
+
+def _probability(
+    queries: Tensor, keys: Tensor, tile: Tile, window: int, bias: Tensor | None, room: Tensor | None
+) -> Tensor:
     """softmax(query key^T) of one tile, [rows x kv_heads, queries x group, keys], in `room` if there is some."""
     count = tile.query_end - tile.query
     group = queries.shape[1] // count
     score = queries @ keys.mT
+    if bias is not None:
+        _add_bias(score, bias, tile, len(queries) // (tile.row_end - tile.row))
     if tile.causal:
         # Only the last `count` keys can lie ahead of a query; only the first can lie behind its window.
         score[..., -count:].add_(_ahead(count, group, score.dtype))

@@ -15,12 +15,13 @@ from danlu.model.tiled_attention import make_tiles, tiled_attention
 from danlu.model.transformer import Decoder
 
 
-def by_mask(query, key, value, causal, window, segments, prefix):
+def by_mask(query, key, value, bias, causal, window, segments, prefix):
     """The same attention by scaled_dot_product_attention with an explicit mask."""
     positions = torch.arange(query.shape[1]).expand(len(query), -1)
+    mask = visible(causal, window, Batch(positions, segments, prefix))
     mixed = F.scaled_dot_product_attention(
         *(x.transpose(1, 2) for x in (query, key, value)),
-        attn_mask=visible(causal, window, Batch(positions, segments, prefix)),
+        attn_mask=mask if bias is None else bias.masked_fill(~mask, float("-inf")),
         enable_gqa=True,
         scale=1.0,
     )
@@ -40,21 +41,25 @@ def cases(draw):
     window = draw(st.sampled_from([None, 1, 7, 64, 500])) if causal else None
     prefixes = st.lists(st.integers(0, length), min_size=rows, max_size=rows)
     prefix = torch.tensor(draw(prefixes)) if causal and window is None and draw(st.booleans()) else None
-    return length, rows, causal, window, segments.int() if packed else None, prefix, keep
+    biased = draw(st.booleans())
+    return length, rows, causal, window, segments.int() if packed else None, prefix, keep, biased
 
 
 @settings(max_examples=40, deadline=None)
 @given(cases())
 def test_equals_masked_attention_with_gradients(case):
-    length, rows, causal, window, segments, prefix, keep = case
+    length, rows, causal, window, segments, prefix, keep, biased = case
     if segments is not None:
         prefix = None  # in packed rows a prefix is counted from each document's start; here from the row's
     generator = torch.Generator().manual_seed(length)
     inputs = [torch.randn(rows, length, heads, 8, generator=generator).requires_grad_() for heads in (4, 2, 2)]
     upstream = torch.randn(rows, length, 4, 8, generator=generator)
     tiles = make_tiles(rows, length, segments, causal=causal, window=window, prefix=prefix)
-    ours, _ = tiled_attention(*inputs, tiles, window or 0, keep)
-    theirs = by_mask(*inputs, causal, window or 0, segments, prefix)
+    bias = torch.randn(4, length, length, generator=generator).requires_grad_() if biased else None
+    ours, _ = tiled_attention(*inputs, tiles, window or 0, keep, bias)
+    theirs = by_mask(*inputs, bias, causal, window or 0, segments, prefix)
+    if bias is not None:
+        inputs.append(bias)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
     for mine, other in zip(
         torch.autograd.grad(ours, inputs, upstream), torch.autograd.grad(theirs, inputs, upstream), strict=True
@@ -113,6 +118,8 @@ def test_what_the_compiler_is_told_of_the_operator_is_true(length, keep):
     # What is kept is compared too, so it has to be whole: none, or all of one tile.
     inputs = [torch.randn(2, length, heads, 8, requires_grad=True) for heads in (6, 3, 3)]
     torch.library.opcheck(tiled_attention, (*inputs, make_tiles(2, length, None), 0, keep))
+    bias = torch.randn(6, length, length, requires_grad=True)
+    torch.library.opcheck(tiled_attention, (*inputs, make_tiles(2, length, None), 0, keep, bias))
 
 
 def test_neighbouring_rows_that_lie_alike_share_tiles():
