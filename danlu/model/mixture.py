@@ -59,7 +59,8 @@ def bank_linear(x: Tensor, sizes: Sequence[int], weight: Tensor, bias: Tensor | 
     """What a bank computes: [N, in] sorted by expert, weight [experts, out, in], bias [experts, out] -> [N, out]."""
     biases = [None] * len(sizes) if bias is None else bias.unbind(0)
     parts = zip(x.split(list(sizes)), weight.unbind(0), biases, strict=True)
-    return torch.cat([F.linear(part, matrix, added) for part, matrix, added in parts if len(part)])
+    made = [F.linear(part, matrix, added) for part, matrix, added in parts if len(part)]
+    return made[0] if len(made) == 1 else torch.cat(made)
 
 
 class BankFeedForward(nn.Module):
@@ -75,6 +76,14 @@ class BankFeedForward(nn.Module):
 
     def forward(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """[N, width] sorted by expert -> the same shape."""
+        if x.device.type != "cpu":
+            return self._feed(x, sizes)
+        # Expert after expert: what lies between two products of one fits in a CPU's cache, of all it does not.
+        parts = enumerate(x.split(list(sizes)))
+        alone = [(part, [len(part) if number == e else 0 for e in range(len(sizes))]) for number, part in parts]
+        return torch.cat([self._feed(part, counts) for part, counts in alone if len(part)])
+
+    def _feed(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         if self.gate is None:
             return self.down(self.activation(self.up(x, sizes)), sizes)
         return self.down(self.activation(self.gate(x, sizes)) * self.up(x, sizes), sizes)

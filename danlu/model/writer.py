@@ -127,7 +127,7 @@ def _thin_products() -> Iterator[None]:
     """Products of one or two rows read each weight once and are as fast as that: torch's own loops then read twice as
     fast as oneDNN, which first brings the weight into another order."""
     before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     try:
         yield
     finally:
