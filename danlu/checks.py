@@ -33,8 +33,8 @@ def check_room(root: Path, config: ModelConfig, recipe: Recipe, stages: Sequence
     """Raise DanluError where the disk has less room than the weights that will be written.
 
     Tuning writes the merged model; in full and partial tuning each checkpoint holds the weights and both of AdamW's
-    moments, and a new one is whole before an old one goes. Compressing writes the model in fp32, and beside it candidates that
-    together are hardly larger.
+    moments, and a new one is whole before an old one goes. Compressing writes the model in fp32, and beside it
+    candidates that together are hardly larger.
     """
     checkpoints = 3 * (recipe.tune.keep_checkpoints + 1) if recipe.tune.method in ("full", "partial") else 0
     tuned = 1 if "tune" in stages else 0

@@ -36,6 +36,7 @@ EXTRAS = {
     "serve": ("starlette", "uvicorn"),
     "report": ("matplotlib",),
     "tensorboard": ("tensorboard",),
+    "check": ("transformers",),
     "bench": ("transformers", "peft"),
 }
 PATIENCE = 7.0  # seconds an extra may take to import
