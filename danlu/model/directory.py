@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -30,6 +33,7 @@ READ = (
     *("chat_template.jinja", INDEX),
 )
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
+PIECE = 2**20  # numbers read at once
 SHARD = 5_000_000_000  # bytes, the size at which Hugging Face splits
 
 
@@ -77,13 +81,13 @@ def stored_weights(path: Path, family: Family, config: AnyConfig) -> Weights:
     pieces: dict[str, dict[int | None, _Piece]] = {}
     left: list[str] = []
     for file in weight_files(path):
-        for name, (shape, dtype) in _header(file).items():
+        for name, tensor in _header(file).items():
             found = _ours(family, name)
-            if found and dtype not in DTYPES:
-                what = f"{name} is stored as {dtype}, which is not supported"
+            if found and tensor.dtype not in DTYPES:
+                what = f"{name} is stored as {tensor.dtype}, which is not supported"
                 raise DanluError(what, where=file, fix=f"use a checkpoint in one of {', '.join(DTYPES)}")
             for ours in found:
-                pieces.setdefault(ours.ours, {})[ours.expert] = _Piece(name, file, shape, ours.place)
+                pieces.setdefault(ours.ours, {})[ours.expert] = _Piece(name, file, tensor, ours.place)
             if not found and name.startswith(family.others):
                 left.append(name)
             elif not found and not name.endswith(family.unread):
@@ -107,23 +111,58 @@ def _ours(family: Family, name: str) -> list[Found]:
 
 
 @dataclass(frozen=True)
+class _Tensor:
+    """A tensor in a safetensors file: its shape, its dtype by safetensors' name, and where its bytes begin."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
+
+
+@dataclass(frozen=True)
 class _Piece:
     """A tensor in a file and how our weight, or one expert's, lies in it."""
 
     name: str
     file: Path
-    stored: tuple[int, ...]
+    tensor: _Tensor
     place: Place
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of our weight; the tensor's own where it cannot be cut, which is then found wrong."""
-        return self.place.shape(self.stored) or self.stored
+        return self.place.shape(self.tensor.shape) or self.tensor.shape
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        # Opened for each tensor: an open file keeps every page that was read in memory, beside our own copy.
-        with safe_open(self.file, framework="pt") as opened:
-            return self.place.take(opened.get_tensor(self.name)).to(dtype, copy=True).contiguous()
+        """In new memory; read part by part, so that there never is a second copy of it."""
+        made = torch.empty(self.shape, dtype=dtype)
+        if self.place.transposed and made.dim() == 2:
+            rows, width = self.tensor.shape
+            ours = slice(self.place.part * width // self.place.parts, (self.place.part + 1) * width // self.place.parts)
+            step = max(1, PIECE // width)
+            for first, part in self._numbers(0, rows * width, step * width):
+                here = slice(first // width, first // width + step)
+                made.T[here] = part.view(-1, width)[:, ours]
+            return made
+        flat = made.view(-1)
+        for first, part in self._numbers(self.place.part * len(flat), len(flat), PIECE):
+            flat[first : first + len(part)] = part
+        return made
+
+    def _numbers(self, start: int, count: int, step: int) -> Iterator[tuple[int, Tensor]]:
+        """So many numbers of the tensor from the `start`-th, `step` at once: how many came before, and they themselves.
+
+        Read, not mapped: the pages of a map stay in memory.
+        """
+        stored = DTYPES[self.tensor.dtype]
+        room = np.empty(min(step, count) * stored.itemsize, np.uint8)
+        with self.file.open("rb") as file:
+            file.seek(self.tensor.start + start * stored.itemsize)
+            for first in range(0, count, step):
+                part = room[: min(step, count - first) * stored.itemsize]
+                if file.readinto(part.data) != part.nbytes:
+                    raise DanluError(f"is cut short within {self.name}", where=self.file, fix="download it again")
+                yield first, torch.from_numpy(part).view(stored)
 
 
 def _stored(parts: dict[int | None, _Piece]) -> Stored:
@@ -189,14 +228,24 @@ def _write_weights(model: Model, family: Family, path: Path, dtype: torch.dtype)
         write_json(path / INDEX, {"metadata": {"total_size": sum(sizes)}, "weight_map": listed})
 
 
-def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and dtype of every tensor. The library checks that header and data fit in the file."""
+def _header(file: Path) -> dict[str, _Tensor]:
+    """Every tensor of a file. The library checks that header and data fit in it, before memory is taken for either.
+
+    Format: an 8-byte length, so many bytes of JSON, and the data that its offsets count in (safetensors' README).
+    """
     try:
-        with safe_open(file, framework="pt") as opened:
-            parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # not a mapping
-            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
-    except (SafetensorError, OSError) as error:
+        with safe_open(file, framework="pt"):
+            pass
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            listed = json.loads(opened.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
         raise DanluError(f"is damaged or cut short: {error}", where=file, fix="download or save it again") from None
+    return {
+        name: _Tensor(tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0])
+        for name, entry in listed.items()
+        if name != "__metadata__"
+    }
 
 
 def _drop_tied_head(found: dict[str, Stored]) -> None:

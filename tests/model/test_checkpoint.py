@@ -321,7 +321,8 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path: Path) -> No
             pytest.skip("the peak of resident memory cannot be reset here")
         before = peak_memory()
         loaded = checkpoint.load()
-        assert peak_memory() - before < 1.25 * size, name  # the largest tensor is a tenth of this small model
+        most = 1.25 if name.endswith("gguf") else 1.1  # a piece that is dequantised is a tenth of this small model
+        assert peak_memory() - before < most * size, name
         del loaded
 
 
