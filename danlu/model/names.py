@@ -60,14 +60,6 @@ class Place:
             return shape
         return (shape[0] // self.parts, *shape[1:]) if shape and shape[0] % self.parts == 0 else None
 
-    def take(self, stored: Tensor) -> Tensor:
-        """Our weight (one expert's) in a stored tensor, as a view of it where nothing is added."""
-        own = stored.reshape(stored.shape[self.ones :])
-        if self.transposed and own.dim() == 2:
-            own = own.T
-        own = own.chunk(self.parts, 0)[self.part] if self.parts > 1 else own
-        return own - self.plus if self.plus else own
-
     def put(self, parts: list[Tensor]) -> Tensor:
         """The tensor that is stored, of all its parts in their order."""
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
