@@ -144,6 +144,7 @@ class Head:
     Attributes:
         task: "words": one output a word of the vocabulary; "sequence": labels of a whole row; "tokens": labels of
             every token; "span": start and end of an answer; "embedding": a vector for a whole row.
+        labels: their names, where the outputs are labels and have some.
         outputs: labels, or features of the embedding; 0 for no linear layer. Words need none.
         pool: for a whole row: its "first" hidden state, its "last", their "mean", or that of the `end` token.
         dense: the activation behind a layer of the stack's width, where there is one.
@@ -161,6 +162,7 @@ class Head:
     bias: bool = False
     end: int | None = None
     normalised: bool = False
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

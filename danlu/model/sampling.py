@@ -13,9 +13,7 @@ from torch import Tensor
 from danlu.errors import DanluError
 
 COLDEST = 1e-6  # of temperatures above 0: logits divided by less would leave the range of fp32
-RANKED = (
-    1024  # tokens among which top-p looks first; nearly always they are enough, and ranking all takes 6 times longer
-)
+RANKED = 1024  # tokens among which top-p looks first; nearly always they are enough, and ranking all takes longer
 
 
 @dataclass(frozen=True)

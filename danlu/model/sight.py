@@ -51,7 +51,7 @@ class Batch:
     Attributes:
         positions: int64 [B, T]; with two axes [B, T, 2].
         segments: int32 [B, T], the document of each place, 0 for padding; None for one a row.
-        prefix: int64 [B], how many places at the start of a row see each other whatever comes first.
+        prefix: int64 [B], how many places at the start of each document of a row see each other whatever comes first.
         keys: with a cache, how many of its places are looked at; place j holds position j of its row.
         keep: see `Sight`.
         masked: everything by one mask, for what the faster ways cannot do: attention dropout.
@@ -115,7 +115,7 @@ def visible(causal: bool, window: int, batch: Batch) -> Tensor:
     if window:
         mask = mask & (distance < window)
     if batch.prefix is not None:
-        known = place < batch.prefix[:, None]
+        known = batch.positions < batch.prefix[:, None]
         mask = mask | (known[:, None, :, None] & known[:, None, None, :])
     if batch.segments is not None:
         alike = batch.segments[:, None, :, None] == batch.segments[:, None, None, :]
@@ -155,14 +155,14 @@ def _added(bias: Tensor, mask: Tensor) -> Tensor:
 
 
 def _blocks(causal: bool, seen: Sight, batch: Batch) -> Any:
-    segments, prefix, window = batch.segments, batch.prefix, seen.window
+    segments, prefix, window, positions = batch.segments, batch.prefix, seen.window, seen.positions
 
     def may(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         mask = query >= key if causal else query == query
         if window:
             mask = mask & (query - key < window)
         if prefix is not None:
-            mask = mask | ((query < prefix[row]) & (key < prefix[row]))
+            mask = mask | ((positions[row, query] < prefix[row]) & (positions[row, key] < prefix[row]))
         if segments is not None:
             mask = mask & (segments[row, query] == segments[row, key]) & (segments[row, key] != 0)
         return mask

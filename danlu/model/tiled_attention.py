@@ -159,7 +159,7 @@ def tiled_attention_backward(
         to_probability = upstream @ values.mT
         to_score = torch._softmax_backward_data(to_probability, probability, -1, probability.dtype)
         if bias is not None:
-            tile.square(to_bias).add_(_by_bias(to_score, tile, kv_heads).sum(0, dtype=torch.float32))
+            tile.square(to_bias).add_(_apart(to_score, tile, kv_heads).sum(0, dtype=torch.float32).flatten(0, 1))
         _put(tile.here(to_query), to_score @ keys, kv_heads)
         _add(tile.there(to_key), to_score.mT @ queries, kv_heads)
         _add(tile.there(to_value), probability.mT @ upstream, kv_heads)
@@ -238,18 +238,10 @@ def _add(x: Tensor, matrices: Tensor, kv_heads: int) -> None:
     place.add_(matrices.view(place.shape))
 
 
-def _by_bias(score: Tensor, tile: Tile, kv_heads: int) -> Tensor:
-    """Scores [rows x kv_heads, queries x group, keys] seen as [rows, heads, queries, keys], which a bias has."""
+def _apart(score: Tensor, tile: Tile, kv_heads: int) -> Tensor:
+    """Scores [rows x kv_heads, queries x group, keys] seen as [rows, kv_heads, group, queries, keys]."""
     rows, places = tile.row_end - tile.row, tile.query_end - tile.query
-    apart = score.view(rows, kv_heads, places, -1, score.shape[-1]).transpose(2, 3)
-    return apart.flatten(1, 2)
-
-
-def _add_bias(score: Tensor, bias: Tensor, tile: Tile, kv_heads: int) -> None:
-    """Add a bias [heads, T, T] to scores [rows x kv_heads, queries x group, keys]."""
-    rows, places = tile.row_end - tile.row, tile.query_end - tile.query
-    apart = score.view(rows, kv_heads, places, -1, score.shape[-1]).transpose(2, 3)
-    apart.add_(tile.square(bias).unflatten(0, (kv_heads, -1)))
+    return score.view(rows, kv_heads, places, -1, score.shape[-1]).transpose(2, 3)
 
 
 def _probability(
@@ -260,7 +252,8 @@ def _probability(
     group = queries.shape[1] // count
     score = queries @ keys.mT
     if bias is not None:
-        _add_bias(score, bias, tile, len(queries) // (tile.row_end - tile.row))
+        kv_heads = len(queries) // (tile.row_end - tile.row)
+        _apart(score, tile, kv_heads).add_(tile.square(bias).unflatten(0, (kv_heads, -1)))
     if tile.causal:
         # Only the last `count` keys can lie ahead of a query; only the first can lie behind its window.
         score[..., -count:].add_(_ahead(count, group, score.dtype))

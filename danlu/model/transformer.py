@@ -50,7 +50,7 @@ class Block(nn.Module):
         see_memory: Sight | None = None,
         routes: list[Routing] | None = None,
     ) -> Tensor:
-        """[B, T, width] -> the same shape. For the arguments see `Stack.forward`."""
+        """[B, T, width] -> the same shape. For the arguments see `Stack.run`."""
         update = self.attention(_through(self.attention_norm, x), see, cache)
         x = self._add(x, update, self.attention_norm_after)
         if self.cross is not None:
@@ -211,7 +211,8 @@ class Decoder(Embedded, Stack):
             positions: int64 [B, T]; by default 0, 1, ... or, with a cache, each row's next places.
             segments: int32 [B, T], the document of each token of a packed row, 0 for padding; documents never see
                 each other.
-            prefix: int64 [B], how many tokens at the start of each row see each other whatever comes first.
+            prefix: int64 [B], how many tokens at the start of each document of a row see each other, whatever comes
+                first.
             cache: filled with the new tokens and looked at.
             routes, hidden: see `Stack.run`.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from danlu.model.config import Head, Learned, ModelConfig
 from danlu.model.families.family import Family
-from danlu.model.families.fields import ACTIVATIONS, Fields
+from danlu.model.families.fields import ACTIVATIONS, Fields, write_labels
 from danlu.model.names import Place, Table, prefixed
 
 LAYER = "encoder.layer.{i}."
@@ -78,19 +78,21 @@ def _write(config: ModelConfig) -> dict[str, Any]:
     assert isinstance(config.positions, Learned)
     if config.positions.first:
         hf["pad_token_id"] = config.positions.first - 1
-    if config.head is not None and config.head.task in ("sequence", "tokens"):
-        hf["id2label"] = {str(label): f"LABEL_{label}" for label in range(config.head.outputs)}
-        hf["label2id"] = {f"LABEL_{label}": label for label in range(config.head.outputs)}
-    return hf | {
-        "max_position_embeddings": config.context + config.positions.first,
-        "type_vocab_size": config.types,
-        "layer_norm_eps": config.norm_epsilon,
-        "hidden_act": ACTIVATIONS[config.activation],
-        "tie_word_embeddings": config.tied,
-        "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.attention_dropout,
-        "classifier_dropout": config.head_dropout,
-    }
+    assert config.head is not None
+    return (
+        hf
+        | write_labels(config.head)
+        | {
+            "max_position_embeddings": config.context + config.positions.first,
+            "type_vocab_size": config.types,
+            "layer_norm_eps": config.norm_epsilon,
+            "hidden_act": ACTIVATIONS[config.activation],
+            "tie_word_embeddings": config.tied,
+            "hidden_dropout_prob": config.dropout,
+            "attention_probs_dropout_prob": config.attention_dropout,
+            "classifier_dropout": config.head_dropout,
+        }
+    )
 
 
 def _words(hf: Fields) -> Head:
@@ -103,11 +105,13 @@ def _vector(hf: Fields) -> Head:
 
 
 def _sequence(hf: Fields) -> Head:
-    return Head("sequence", hf.labels(), pool="first", dense="tanh", bias=True)
+    labels = hf.labels()
+    return Head("sequence", len(labels), pool="first", dense="tanh", bias=True, labels=labels)
 
 
 def _tokens(hf: Fields) -> Head:
-    return Head("tokens", hf.labels(), bias=True)
+    labels = hf.labels()
+    return Head("tokens", len(labels), bias=True, labels=labels)
 
 
 def _span(hf: Fields) -> Head:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from danlu.errors import DanluError
-from danlu.model.config import Activation
+from danlu.model.config import Activation, Head
 
 ACTIVATIONS: dict[Activation, str] = {
     "silu": "silu",
@@ -46,6 +46,17 @@ FACTORS = {
     *("partial_rotary_factor", "embedding_multiplier", "residual_multiplier", "attention_multiplier"),
     *("logit_scale", "logits_scaling"),
 }
+
+
+def write_labels(head: Head) -> dict[str, Any]:
+    """id2label and label2id of a classifier; nothing where a head has no labels."""
+    named = head.labels or tuple(f"LABEL_{number}" for number in range(head.outputs))
+    if head.task not in ("sequence", "tokens"):
+        return {}
+    return {
+        "id2label": {str(number): label for number, label in enumerate(named)},
+        "label2id": {label: number for number, label in enumerate(named)},
+    }
 
 
 class Fields:
@@ -118,10 +129,14 @@ class Fields:
             raise self._malformed(key, value, "a mapping")
         return Fields(value, self.where, **defaults)
 
-    def labels(self) -> int:
-        """How many labels a classifier tells apart: as many as id2label names, 2 where it is absent."""
+    def labels(self) -> tuple[str, ...]:
+        """The labels that a classifier tells apart; without id2label they have numbers for names."""
         named = self.get("id2label")
-        return len(named) if isinstance(named, dict) and named else self.integer("num_labels", 2)
+        if isinstance(named, dict) and named:
+            if sorted(map(str, named)) != sorted(map(str, range(len(named)))):
+                raise self._malformed("id2label", named, "a mapping from 0, 1, ... to names")
+            return tuple(str(named[number]) for number in sorted(named, key=int))
+        return tuple(f"LABEL_{number}" for number in range(self.integer("num_labels", 2)))
 
     def finish(self) -> None:
         """Stop at keys that nobody asked for, unless they are empty or say nothing about the computation."""

@@ -12,7 +12,7 @@ from typing import Any
 from danlu.errors import DanluError
 from danlu.model.config import Head, Learned, ModelConfig, Patches
 from danlu.model.families.family import Family
-from danlu.model.families.fields import ACTIVATIONS, Fields
+from danlu.model.families.fields import ACTIVATIONS, Fields, write_labels
 from danlu.model.names import Place, Table, prefixed
 
 LAYER = "encoder.layer.{i}."
@@ -100,11 +100,9 @@ def _read(hf: Fields, head: Callable[[Fields], Head]) -> ModelConfig:
 def _write(config: ModelConfig) -> dict[str, Any]:
     hf = {key: getattr(config, name) for name, key in SHAPE.items()}
     assert config.patches is not None and config.head is not None
-    if config.head.task == "sequence":
-        hf["id2label"] = {str(label): f"LABEL_{label}" for label in range(config.head.outputs)}
-        hf["label2id"] = {f"LABEL_{label}": label for label in range(config.head.outputs)}
     return (
         hf
+        | write_labels(config.head)
         | write_patches(config.patches)
         | {
             "layer_norm_eps": config.norm_epsilon,
@@ -117,7 +115,8 @@ def _write(config: ModelConfig) -> dict[str, Any]:
 
 
 def _labels(hf: Fields) -> Head:
-    return Head("sequence", hf.labels(), pool="first", bias=True)
+    labels = hf.labels()
+    return Head("sequence", len(labels), pool="first", bias=True, labels=labels)
 
 
 def _vector(hf: Fields) -> Head:
