@@ -59,13 +59,13 @@ def danlu_step(method: str) -> Callable[[], float]:
     from danlu.model.checkpoint import Checkpoint
     from danlu.train.compiling import compile_blocks
     from danlu.train.objective import next_token
-    from danlu.train.optimizer import MasterAdamW, masters_of
+    from danlu.train.optimizer import Optimizer, clip, masters_of, square_sum
     from danlu.train.settings import TuneSettings
-    from danlu.train.stage import prepare
+    from danlu.train.stage import optimizer_settings, prepare
 
     settings = TuneSettings(method=method, rank=16, learning_rate=1e-5)
     model = prepare(settings, Checkpoint.open(BASE), torch.bfloat16, seed=0)
-    optimizer = MasterAdamW(*masters_of(model, torch.bfloat16), settings)
+    optimizer = Optimizer(*masters_of(model, torch.bfloat16), optimizer_settings(settings))
     compile_blocks(model)
     tokens = text_rows()
     targets = torch.cat([tokens[:, 1:], torch.full((ROWS, 1), -100)], dim=1)
@@ -74,7 +74,10 @@ def danlu_step(method: str) -> Callable[[], float]:
     def step() -> float:
         loss = next_token(model, batch)
         (loss.sum / batch.count).backward()
+        gradients = optimizer.gradients()
+        clip(gradients, float(square_sum(gradients).sqrt()), settings.clip)
         optimizer.step(1e-5)
+        optimizer.zero()
         return float(loss.sum.detach()) / batch.count
 
     return step

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
 import os
@@ -17,7 +16,7 @@ from typer.core import TyperGroup
 
 from danlu import __version__
 from danlu.console import complain, result, say, table
-from danlu.errors import DanluError
+from danlu.errors import DanluError, is_disk_full
 
 UNEXPECTED = 70  # exit code of a fault in Danlu itself (EX_SOFTWARE of sysexits.h)
 Stage = Literal["data", "tune", "evaluate", "compress", "certify", "report"]
@@ -127,16 +126,6 @@ def explain(error: BaseException) -> tuple[str, int]:
     return f"this is a fault in Danlu: {about}\n  the same command with --debug shows where", UNEXPECTED
 
 
-def is_disk_full(error: BaseException) -> bool:
-    """Whether a write found no room; libraries written in Rust and C++ say so only in words."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return True
-    text = str(error)
-    return any(sign in text for sign in ("No space left on device", "StorageFull", "File too large")) or (
-        isinstance(error, OSError) and "requested and" in text and text.endswith("written")  # numpy's tofile
-    )
-
-
 # --- The commands ---------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +161,109 @@ def run(
             f"see it: danlu show {done.root}"
             + (f"   talk to it: danlu chat {done.root}" if "tune" in done.made else "")
         )
+
+
+@command
+def train(
+    recipe: Annotated[Path | None, typer.Argument(help="The recipe, a YAML file.")] = None,
+    nproc: Annotated[int | None, typer.Option(min=1, help="Processes on this machine; else the recipe's.")] = None,
+    plan: Annotated[str | None, typer.Option(help="How the work is split, say tensor=2,pipeline=2,shard=2.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps in all.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's directory; else runs/NAME.")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="Machines; the same command runs on each.")] = None,
+    rendezvous: Annotated[str | None, typer.Option(help="HOST:PORT where the machines meet.")] = None,
+    on: Annotated[Literal["here", "ray"], typer.Option(help="Who starts the processes.")] = "here",
+    overrides: Overrides = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of all settings.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a model from text, on one core or on many machines.
+
+    The same command on a directory that holds a checkpoint goes on from it, with the same --nproc and --plan or others.
+    The model stands in OUT/model at the end, OUT/metrics.jsonl has a line for each step.
+
+    Example:  danlu train recipes/shakespeare.yaml --nproc 2 --plan shard=2
+    """
+    from danlu.recipe import read_recipe
+    from danlu.train.recipe import TrainRecipe
+    from danlu.train.start import start
+
+    if schema:
+        _print_json(TrainRecipe.model_json_schema())
+        return
+    if recipe is None:
+        raise DanluError("name a recipe to train", fix="or see all settings:  danlu train --schema")
+    given = {"nproc": nproc, "nodes": nodes, "rendezvous": rendezvous}
+    words = [f"launch.{name}={value}" for name, value in given.items() if value is not None]
+    read = read_recipe(recipe, [*(overrides or ()), *words], TrainRecipe)
+    done = start(read.recipe.beside(recipe.parent), out, plan=plan, steps=steps, on=on)
+    if as_json:
+        _print_json(done)
+        return
+    loss = f", loss {done['loss']:.4f}" if "loss" in done else ""
+    result(f"{done['out']}: {done['steps']} steps, {done['ended']}{loss}")
+
+
+checkpoint = typer.Typer(
+    help="List, verify or export the checkpoints of a training run.",
+    epilog="Example:  danlu checkpoint list runs/shakespeare",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(checkpoint, name="checkpoint")
+RunDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="The directory of a training run.")]
+
+
+@functools.partial(command, group=checkpoint, name="list")
+def checkpoint_list(directory: RunDirectory, as_json: Json = False) -> None:
+    """List the checkpoints of a run: step, size, score, whether whole.
+
+    Example:  danlu checkpoint list runs/shakespeare
+    """
+    _checkpoints(directory, as_json, contents=False)
+
+
+@functools.partial(command, group=checkpoint, name="verify")
+def checkpoint_verify(directory: RunDirectory, as_json: Json = False) -> None:
+    """Read every byte of the checkpoints and compare checksums; exits 1 where one is damaged.
+
+    Example:  danlu checkpoint verify runs/shakespeare
+    """
+    if not _checkpoints(directory, as_json, contents=True):
+        raise typer.Exit(1)
+
+
+def _checkpoints(directory: Path, as_json: bool, contents: bool) -> bool:
+    """Print what there is; returns whether all of it is whole."""
+    from danlu.train.listing import checkpoints_of, print_checkpoints
+
+    found = checkpoints_of(directory, contents=contents)
+    if as_json:
+        _print_json([vars(facts) for facts in found])
+    else:
+        print_checkpoints(directory, found, contents=contents)
+    return all(facts.problem is None for facts in found)
+
+
+@functools.partial(command, group=checkpoint, name="export")
+def checkpoint_export(
+    directory: RunDirectory,
+    out: Annotated[Path | None, typer.Option(help="The directory to write; else DIR/model.")] = None,
+    step: Annotated[int | None, typer.Option(min=1, help="Which checkpoint; else the newest whole one.")] = None,
+    averaged: Annotated[bool | None, typer.Option(help="Take the running average of the weights.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint as a Hugging Face directory, whatever plan it was trained with.
+
+    Example:  danlu checkpoint export runs/shakespeare --out ./shakespeare
+    """
+    from danlu.train.export import export as write
+
+    done = write(directory, out or directory / "model", step, averaged)
+    if as_json:
+        _print_json(done.plain())
+    else:
+        result(f"{done.out}: step {done.step}" + (", averaged weights" if done.averaged else ""))
 
 
 @command

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class DanluError(Exception):
     """A mistake the user can mend. The command line prints it without a traceback and exits with `exit_code`.
@@ -40,3 +42,13 @@ def nearest(word: str, known: list[str] | tuple[str, ...]) -> str | None:
 def need_extra(package: str, extra: str) -> DanluError:
     """The error for an optional library that is not installed."""
     return DanluError(f"this needs the package {package}, which is not installed", fix=f"pip install 'danlu[{extra}]'")
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write found no room; libraries written in Rust and C++ say so only in words."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    text = str(error)
+    return any(sign in text for sign in ("No space left on device", "StorageFull", "File too large")) or (
+        isinstance(error, OSError) and "requested and" in text and text.endswith("written")  # numpy's tofile
+    )

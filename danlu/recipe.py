@@ -76,13 +76,13 @@ class RecipeFile:
 
     Attributes:
         path: the file.
-        recipe: its settings.
+        recipe: its settings; a `Recipe`, or what else it was read as.
         written: what stands in the file and on the command line, as plain values.
         origins: for each setting that was written, where: `recipes/a.yaml:7` or `--set tune.steps=50`.
     """
 
     path: Path
-    recipe: Recipe
+    recipe: Any
     written: dict[str, Any]
     origins: dict[Place, str]
 
@@ -98,11 +98,12 @@ class RecipeFile:
         return self.origins[near] if near is not None and is_written else "default"
 
 
-def read_recipe(path: Path, overrides: Sequence[str] = ()) -> RecipeFile:
+def read_recipe(path: Path, overrides: Sequence[str] = (), kind: type[Settings] = Recipe) -> RecipeFile:
     """Read and validate a recipe.
 
     Args:
         path: the YAML file.
+        kind: what it holds.
         overrides: settings from the command line, each `tune.steps=50`; the value is read as YAML.
 
     Raises: DanluError naming every mistake with its file, line and remedy.
@@ -111,10 +112,10 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> RecipeFile:
     for override in overrides:
         _override(values, origins, override)
     try:
-        return RecipeFile(path, Recipe.model_validate(values), values, origins)
+        return RecipeFile(path, kind.model_validate(values), values, origins)
     except ValidationError as error:
         mistakes = _mistakes(error, values)
-        told = {place: str(_explain(one, place, origins, str(path))) for place, one in mistakes.items()}
+        told = {place: str(_explain(one, place, origins, str(path), kind)) for place, one in mistakes.items()}
         written = list(origins)  # in the order of the file
         in_order = sorted(told, key=lambda place: written.index(near) if (near := _nearest(place, origins)) else -1)
         raise DanluError("\n".join(told[place] for place in in_order)) from None
@@ -312,22 +313,24 @@ def _mistakes(error: ValidationError, values: dict[str, Any]) -> dict[Place, Err
     }
 
 
-def _explain(error: ErrorDetails, place: Place, origins: dict[Place, str], source: str) -> DanluError:
+def _explain(
+    error: ErrorDetails, place: Place, origins: dict[Place, str], source: str, kind: type[Settings]
+) -> DanluError:
     """What is wrong with a setting, where it stands, and what it is for or which was meant."""
-    kind, name = error["type"], _dotted(place)
+    what, name = error["type"], _dotted(place)
     known = _nearest(place, origins)
     where = origins[known] if known else source
-    if kind == "extra_forbidden":
-        return DanluError(f"{name} is no setting", where=where, fix=_did_you_mean(place))
-    about = _field(place)
+    if what == "extra_forbidden":
+        return DanluError(f"{name} is no setting", where=where, fix=_did_you_mean(place, kind))
+    about = _field(place, kind)
     fix = f"{about[0]}: {about[1].description}" if about is not None and about[1].description else None
-    if kind == "missing":
+    if what == "missing":
         return DanluError(f"{name} is missing", where=where, fix=fix)
     context = error.get("ctx", {})
-    if kind == "value_error":
+    if what == "value_error":
         return DanluError(f"{name}: {context['error']}" if name else str(context["error"]), where=where, fix=fix)
     bounds = {key: f"{bound:g}" if isinstance(bound, float) else bound for key, bound in context.items()}
-    expected = _EXPECTED.get(kind, error["msg"].replace("{", "{{").replace("}", "}}")).format(**bounds)
+    expected = _EXPECTED.get(what, error["msg"].replace("{", "{{").replace("}", "}}")).format(**bounds)
     return DanluError(f"{name} is {_shown(error['input'])}; {expected}", where=where, fix=fix)
 
 
@@ -352,13 +355,13 @@ def _value_at(values: Any, place: Place) -> Any:
     return values
 
 
-def _did_you_mean(place: Place) -> str:
-    word, group = str(place[-1]), _group(place[:-1])
-    schema = "(danlu recipe --schema lists them all)"
+def _did_you_mean(place: Place, kind: type[Settings]) -> str:
+    word, group = str(place[-1]), _group(place[:-1], kind)
+    schema = f"(danlu {'recipe' if kind is Recipe else 'train'} --schema lists them all)"
     elsewhere = [
         f"{section}.{word}"
-        for section in Recipe.model_fields
-        if (inner := _group((section,))) and word in inner.model_fields
+        for section in kind.model_fields
+        if (inner := _group((section,), kind)) and word in inner.model_fields
     ]
     if elsewhere:
         return f"did you mean {elsewhere[0]}?  {schema}"
@@ -366,9 +369,9 @@ def _did_you_mean(place: Place) -> str:
     return f"did you mean {meant}?  {schema}" if meant else schema.strip("()")
 
 
-def _group(place: Place) -> type[Settings] | None:
+def _group(place: Place, kind: type[Settings]) -> type[Settings] | None:
     """The settings class that stands at a place of the recipe."""
-    group: type[Settings] | None = Recipe
+    group: type[Settings] | None = kind
     for part in place:
         if isinstance(part, int):
             continue  # a list's items have the list's class
@@ -378,10 +381,10 @@ def _group(place: Place) -> type[Settings] | None:
     return group
 
 
-def _field(place: Place) -> tuple[str, FieldInfo] | None:
+def _field(place: Place, kind: type[Settings]) -> tuple[str, FieldInfo] | None:
     """The name and definition of the setting at a place; for an item of a list, the list's."""
     named = next((depth for depth in range(len(place), 0, -1) if isinstance(place[depth - 1], str)), 0)
-    group = _group(place[: named - 1]) if named else None
+    group = _group(place[: named - 1], kind) if named else None
     name = str(place[named - 1]) if named else ""
     return (name, group.model_fields[name]) if group and name in group.model_fields else None
 

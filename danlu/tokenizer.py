@@ -31,7 +31,8 @@ class Tokenizer:
 
     Attributes:
         vocab_size: every id is below it. The model's embedding may have more rows.
-        bos_id, eos_id, pad_id: ids of the special tokens, None where the checkpoint has none.
+        bos_id, eos_id, pad_id, mask_id: ids of the special tokens, None where the checkpoint has none.
+        special_ids: ids of all tokens that are no text.
         stop_ids: at these generation ends: end of text, and what ends a turn.
         adds_bos: whether the model expects every text to begin with `bos_id`; `encode` leaves that to the caller.
         chat_template: the Jinja source, None where the checkpoint has none.
@@ -53,9 +54,10 @@ class Tokenizer:
         self._special = {f"{role}_token": text for role in ROLES if (text := _text(config.get(f"{role}_token")))}
         vocab = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
-        self.bos_id, self.eos_id, self.pad_id = (
-            vocab.get(self._special.get(f"{r}_token", "")) for r in ("bos", "eos", "pad")
+        self.bos_id, self.eos_id, self.pad_id, self.mask_id = (
+            vocab.get(self._special.get(f"{role}_token", "")) for role in ("bos", "eos", "pad", "mask")
         )
+        self.special_ids = frozenset(token["id"] for token in document["added_tokens"] if token.get("special"))
         known = {
             token["id"] for token in document["added_tokens"] if token["content"] in gguf_vocabulary.TURN_ENDS
         } | stop_ids
@@ -91,7 +93,7 @@ class Tokenizer:
 
     def encode_input(self, text: str) -> list[int]:
         """Token ids of a text as an encoder reads it: between what its tokenizer.json puts around, [CLS] and [SEP]."""
-        return list(self._complete_backend.encode(text, add_special_tokens=True).ids)
+        return list(self.complete_backend.encode(text, add_special_tokens=True).ids)
 
     def encode_batch(self, texts: list[str], special: bool = True) -> list[list[int]]:
         """Token ids of many texts, on all cores."""
@@ -105,6 +107,10 @@ class Tokenizer:
         """
         found = self._backend.encode(text, add_special_tokens=False)
         return list(found.ids), list(found.offsets)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of one token as it stands in the vocabulary."""
+        return self._backend.token_to_id(token)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of token ids. An unfinished UTF-8 character becomes U+FFFD."""
@@ -184,7 +190,7 @@ class Tokenizer:
         return backend
 
     @cached_property
-    def _complete_backend(self) -> Backend:
+    def complete_backend(self) -> Backend:
         """Puts around a text what the checkpoint's own tokenizer does."""
         backend = Backend.from_str(self._json)
         backend.no_truncation()

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from danlu import __version__
-from danlu.cli import app, explain, is_disk_full
+from danlu.cli import app, explain
+from danlu.errors import is_disk_full
 from tests.conftest import Project
 
 

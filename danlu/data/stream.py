@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from danlu.data.batch import RowBatch
 from danlu.data.permutation import key_of, permute
 from danlu.errors import DanluError
 
@@ -49,7 +50,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(RowBatch):
     """Rows of tokens with what is to be predicted.
 
     Attributes:
@@ -57,12 +58,14 @@ class Batch:
         targets: int64 [B, T], the next token; -100 where that is not learned, or belongs to another document.
         segments: int32 [B, T], 0 is padding; tokens attend only within their own.
         positions: int64 [B, T], from 0 in each document.
+        weights: fp32 [B, T], what the loss of each target is multiplied by; None for 1.
     """
 
     tokens: torch.Tensor
     targets: torch.Tensor
     segments: torch.Tensor
     positions: torch.Tensor
+    weights: torch.Tensor | None = None
 
     @cached_property
     def count(self) -> int:
@@ -73,19 +76,6 @@ class Batch:
     def size(self) -> int:
         """Tokens, padding aside."""
         return int((self.segments > 0).sum())
-
-    def split(self, parts: int) -> list[Batch]:
-        """Cut along B into parts as equal as can be. Raises DanluError where there are more parts than rows."""
-        size = len(self.tokens)
-        if not 1 <= parts <= size:
-            raise DanluError(f"a batch of {size} rows cannot be cut into {parts} parts", fix=f"use 1 to {size} parts")
-        pieces = zip(*(getattr(self, field.name).tensor_split(parts) for field in fields(self)), strict=True)
-        return [Batch(*piece) for piece in pieces]
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        moved = {field.name: getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)}
-        return replace(self, **moved)
 
 
 def make_batch(rows: Rows, indices: Sequence[int] | npt.NDArray[np.int64]) -> Batch:

@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from danlu.model.config import ModelConfig
 from danlu.model.norm import RMSNorm
 from danlu.model.position import rotate
+from danlu.model.ring_attention import ring_attention
 from danlu.model.sight import Sight
 from danlu.model.tiled_attention import tiled_attention
 
@@ -127,6 +128,8 @@ class Attention(nn.Module):
         if see.tiles is not None:
             mixed, _ = tiled_attention(query, key, value, see.tiles, see.window, see.keep, see.bias)
             return mixed
+        if see.ring is not None:
+            return ring_attention(query, key, value, see.ring)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         grouped = self.heads != self.kv_heads
         if see.blocks is not None:

@@ -131,6 +131,18 @@ def costs(model: Model) -> list[Cost]:
     return _both(model) if isinstance(model, EncoderDecoder) else _alone(model)
 
 
+def costs_by_layer(stack: Decoder | Encoder, length: int) -> tuple[list[float], float]:
+    """Operations of a forward pass a token, for rows of `length`: of each layer, and of the head."""
+    config, multiplied = stack.config, _multiplied(stack)
+    layers = [0.0] * config.layers
+    for name, size in multiplied.items():
+        if name.startswith("blocks."):
+            layers[int(name.split(".")[1])] += 2 * size
+    mixing = [_attention(config, _pairs_of(config, layer, length)) / length for layer in range(config.layers)]
+    head = sum(2 * size for name, size in multiplied.items() if name.startswith("head"))
+    return [product + mixed for product, mixed in zip(layers, mixing, strict=True)], float(head)
+
+
 def _alone(stack: Decoder | Encoder) -> list[Cost]:
     """The costs of a stack that stands alone."""
     config, multiplied = stack.config, _multiplied(stack)
@@ -183,10 +195,15 @@ def _applied(config: ModelConfig, layer: str, length: int) -> int:
 
 def _pairs(config: ModelConfig, length: int) -> int:
     """Pairs of a query and a key it sees, over a row and all layers."""
+    return sum(_pairs_of(config, layer, length) for layer in range(config.layers))
+
+
+def _pairs_of(config: ModelConfig, layer: int, length: int) -> int:
+    """The same of one layer."""
     if not config.causal:
-        return config.layers * length**2
-    windows = [min(config.window(layer) or length, length) for layer in range(config.layers)]
-    return sum(most * (most + 1) // 2 + (length - most) * most for most in windows)
+        return length**2
+    most = min(config.window(layer) or length, length)
+    return most * (most + 1) // 2 + (length - most) * most
 
 
 def _attention(config: ModelConfig, pairs: int) -> int:

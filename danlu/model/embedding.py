@@ -38,6 +38,24 @@ class TextEmbedding(nn.Module):
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
+class Received(nn.Module):
+    """In the place of an embedding where hidden states come from an earlier stage of a pipeline: they pass through.
+
+    Args:
+        tokens: the words' vectors, where this stage's head shares them; else None, and there are none to ask for.
+    """
+
+    tokens: nn.Embedding
+
+    def __init__(self, tokens: nn.Embedding | None) -> None:
+        super().__init__()
+        if tokens is not None:
+            self.tokens = tokens
+
+    def forward(self, x: Tensor, positions: Tensor, types: Tensor | None = None) -> Tensor:
+        return x
+
+
 class PatchEmbedding(nn.Module):
     """Pixels [B, channels, height, width] -> [B, 1 + patches, width]; the class token comes first."""
 

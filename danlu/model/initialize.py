@@ -160,7 +160,7 @@ def _role(name: str, module: nn.Module) -> Role:
 def _updates(model: Model, name: str) -> int:
     """How many times the blocks of a weight's stack add to the stream, which makes its variance grow."""
     stack = model.get_submodule(name.partition("blocks.")[0].rstrip(".")) if "blocks." in name else None
-    return len(stack.blocks) * (3 if stack.config.cross else 2) if isinstance(stack, Stack) else 1
+    return stack.config.layers * (3 if stack.config.cross else 2) if isinstance(stack, Stack) else 1
 
 
 def _number(seed: int, name: str) -> int:

@@ -7,15 +7,17 @@ capacity nothing is dropped and nothing is padded (arXiv:2211.15841).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from danlu.model.config import Experts, ModelConfig
 from danlu.model.feedforward import ACTIVATIONS, FeedForward
+from danlu.model.ring_attention import Ring
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,13 @@ class Routing:
         logits: fp32 [N, experts], with a gradient.
         experts: int64 [N, chosen], the experts of each token, the likeliest first.
         taken: bool [N, chosen]; False where the expert was full and the token passed it by.
+        rows: of the batch that the tokens came in; N / rows each.
     """
 
     logits: Tensor
     experts: Tensor
     taken: Tensor
+    rows: int = 1
 
     def load(self) -> Tensor:
         """Tokens that each expert took, int64 [experts]."""
@@ -76,6 +80,9 @@ class BankFeedForward(nn.Module):
 
     def forward(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
         """[N, width] sorted by expert -> the same shape."""
+        if not len(x):
+            # No tokens: nothing to compute, but the weights' gradient is zero, and not absent as if they were frozen.
+            return x + sum(weight.sum() for weight in self.parameters()) * 0
         if x.device.type != "cpu":
             return self._feed(x, sizes)
         # Expert after expert: what lies between two products of one fits in a CPU's cache, of all it does not.
@@ -89,6 +96,11 @@ class BankFeedForward(nn.Module):
         return self.down(self.activation(self.gate(x, sizes)) * self.up(x, sizes), sizes)
 
 
+# What computes the experts of sorted tokens, [N, width] and how many each expert gets -> [N, width].
+Compute = Callable[[Tensor, Sequence[int]], Tensor]
+Exchange = Callable[[BankFeedForward], Compute]
+
+
 class Mixture(nn.Module):
     """The feed-forward of a block as a mixture: [B, T, width] -> [B, T, width]."""
 
@@ -99,6 +111,7 @@ class Mixture(nn.Module):
         self.experts = BankFeedForward(config, experts)
         self.shared = FeedForward(config, experts.shared_width) if experts.shared_width else None
         self.shared_gate = nn.Linear(config.width, 1, bias=False) if experts.shared_gate else None
+        self.exchange: Exchange | None = None  # where the experts are shared out over processes
 
     def forward(self, x: Tensor, routes: list[Routing] | None = None) -> Tensor:
         """Args: routes: where to note what the router did, for the losses on it and for statistics."""
@@ -127,7 +140,7 @@ class Mixture(nn.Module):
         weights, experts = logits.softmax(-1).topk(settings.chosen, dim=-1)
         if settings.normalised:
             weights = weights / weights.sum(-1, keepdim=True)
-        return weights.to(x.dtype), Routing(logits, experts, self._taken(experts, x.shape[-2]))
+        return weights.to(x.dtype), Routing(logits, experts, self._taken(experts, x.shape[-2]), len(x))
 
     def _taken(self, experts: Tensor, length: int) -> Tensor:
         """Which choices find room, if each expert takes so many tokens of a row, the earliest first."""
@@ -151,25 +164,55 @@ class Mixture(nn.Module):
         if kept is not None:
             choices = choices[kept]
         order = choices.argsort(stable=True)
-        sizes = choices.bincount(minlength=self.settings.count).tolist()
+        sizes = choices.bincount(minlength=self.settings.count)
         if kept is not None:
             order = kept[order]
-        if not len(order):
-            return torch.zeros_like(tokens)
         source = order // self.settings.chosen
-        made = self.experts(tokens[source], sizes) * weights.flatten()[order, None]
+        compute = self.experts if self.exchange is None else self.exchange(self.experts)
+        made = compute(tokens[source], sizes.tolist()) * weights.flatten()[order, None]
         return torch.zeros_like(tokens).index_add(0, source, made)
 
 
-def balance_loss(routes: Sequence[Routing], experts: Experts) -> Tensor:
-    """experts * sum of (share of choices) * (mean probability), over all layers at once; 1 at perfect balance times
-    `chosen` (arXiv:2101.03961, equation 4, for several chosen experts as Hugging Face computes it). A scalar."""
-    logits = torch.cat([route.logits for route in routes])
-    choices = torch.cat([route.experts for route in routes])
-    share = F.one_hot(choices, experts.count).float().mean(0).sum(0)
-    return experts.count * (share * logits.softmax(-1).mean(0)).sum()
+def router_penalty(
+    routes: Sequence[Routing], experts: Experts, counts: Tensor, real: Tensor | None = None, ring: Ring | None = None
+) -> Tensor:
+    """The weighted losses on routers, summed over rows as often as they have targets, and over layers. A scalar.
+
+    Of each row and layer: experts * sum over experts of (share of choices) * (mean probability), which is 1 at perfect
+    balance times `chosen` (arXiv:2101.03961, equation 4); and the mean square of the router's log-sum-exp, which keeps
+    logits small (arXiv:2202.08906). Taken row by row, they do not depend on how a batch is cut into micro-batches and
+    processes.
+
+    Args:
+        routes: of some layers.
+        counts: [rows], targets of each row; with a ring, of this process's places.
+        real: bool [rows, T], False for padding, which counts for nothing; None for no padding.
+        ring: the processes that the rows are cut over; each then gets its part of the sum.
+    """
+    totals = torch.ones_like(counts) if real is None else real.sum(-1)
+    if real is None:
+        totals = totals * (len(routes[0].logits) // routes[0].rows)
+    totals, counts = _over(ring, totals), _over(ring, counts)
+    each = counts / totals.clamp(min=1)
+    penalty = torch.zeros((), device=counts.device)
+    for route in routes:
+        logits = route.logits.unflatten(0, (route.rows, -1))
+        here = torch.ones_like(logits[..., :1]) if real is None else real[..., None].to(logits.dtype)
+        if experts.balance:
+            chosen = F.one_hot(route.experts, experts.count).sum(1).unflatten(0, (route.rows, -1))
+            share = _over(ring, (chosen * here).sum(1)) / totals.clamp(min=1)[:, None]
+            probability = (logits.softmax(-1) * here).sum(1)
+            penalty = penalty + experts.balance * experts.count * ((share * probability).sum(-1) * each).sum()
+        if experts.z:
+            square = logits.logsumexp(-1, keepdim=True).square() * here
+            penalty = penalty + experts.z * (square.sum((1, 2)) * each).sum()
+    return penalty
 
 
-def z_loss(routes: Sequence[Routing]) -> Tensor:
-    """The mean square of each router's log-sum-exp, which keeps logits small (arXiv:2202.08906). A scalar."""
-    return torch.cat([route.logits for route in routes]).logsumexp(-1).square().mean()
+def _over(ring: Ring | None, x: Tensor) -> Tensor:
+    """The sum over the processes of a ring; without gradient."""
+    if ring is None:
+        return x
+    x = x.detach().clone()
+    dist.all_reduce(x, group=ring.group)
+    return x

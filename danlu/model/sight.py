@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from danlu.errors import DanluError
 from danlu.model.config import ModelConfig, Rotary
 from danlu.model.position import RelativeBias, rotation
+from danlu.model.ring_attention import Ring, RingSight, ring_sight
 from danlu.model.tiled_attention import make_tiles
 
 
@@ -19,7 +20,7 @@ from danlu.model.tiled_attention import make_tiles
 class Sight:
     """Where the queries of a batch stand and which keys each may see.
 
-    One of `tiles`, `blocks`, `mask` and `causal` says who is seen; none of them means everyone.
+    One of `tiles`, `blocks`, `ring`, `mask` and `causal` says who is seen; none of them means everyone.
 
     Attributes:
         positions: int64 [B, T], places within each document (or within each cached row).
@@ -29,6 +30,7 @@ class Sight:
         keep: the probabilities it keeps, a query.
         bias: what it adds to the scores, [heads, T, T], or None.
         blocks: the block mask of FlexAttention.
+        ring: how rows that are cut over processes see each other.
         mask: bool [B, 1, T, keys], True where a query may look, or what is added to the scores, [B, heads, T, keys].
         causal: each query sees the keys up to its own place.
     """
@@ -40,6 +42,7 @@ class Sight:
     keep: int = 0
     bias: Tensor | None = None
     blocks: Any = None
+    ring: RingSight | None = None
     mask: Tensor | None = None
     causal: bool = False
 
@@ -55,6 +58,7 @@ class Batch:
         keys: with a cache, how many of its places are looked at; place j holds position j of its row.
         keep: see `Sight`.
         masked: everything by one mask, for what the faster ways cannot do: attention dropout.
+        ring: the processes that the rows are cut over; None where they are whole.
     """
 
     positions: Tensor
@@ -63,6 +67,7 @@ class Batch:
     keys: int | None = None
     keep: int = 0
     masked: bool = False
+    ring: Ring | None = None
 
 
 def self_sight(config: ModelConfig, layer: int, batch: Batch, bias: RelativeBias | None) -> Sight:
@@ -79,6 +84,9 @@ def self_sight(config: ModelConfig, layer: int, batch: Batch, bias: RelativeBias
     seen = Sight(places, turned, window or 0, keep=batch.keep)
     if batch.keys is not None:
         return _cached(seen, batch.keys, bias)
+    if batch.ring is not None:
+        segments = torch.ones_like(places, dtype=torch.int32) if batch.segments is None else batch.segments
+        return _with(seen, ring=ring_sight(batch.ring, segments, config.causal, window or 0))
     if batch.masked or (bias is not None and places.device.type != "cpu"):
         return _biased(config, seen, batch, bias)
     if places.device.type == "cpu":

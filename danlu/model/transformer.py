@@ -11,13 +11,21 @@ from torch import Tensor, nn
 from danlu.errors import DanluError
 from danlu.model.attention import Attention, Cache, LayerCache
 from danlu.model.config import EncoderDecoderConfig, ModelConfig, PairConfig, Relative
-from danlu.model.embedding import PatchEmbedding, TextEmbedding
+from danlu.model.embedding import PatchEmbedding, Received, TextEmbedding
 from danlu.model.feedforward import FeedForward
 from danlu.model.head import LabelHead, WordHead, make_head
 from danlu.model.mixture import Mixture, Routing
 from danlu.model.norm import make_norm
 from danlu.model.position import RelativeBias
+from danlu.model.ring_attention import Ring
 from danlu.model.sight import Batch, Sight, cross_sight, self_sight
+
+
+class Notes:
+    """Where routers note what they do. Of a list, or of a dataclass with one, FSDP would hand on a copy."""
+
+    def __init__(self, routes: list[Routing]) -> None:
+        self.routes = routes
 
 
 class Block(nn.Module):
@@ -48,7 +56,7 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
         memory: Tensor | None = None,
         see_memory: Sight | None = None,
-        routes: list[Routing] | None = None,
+        notes: Notes | None = None,
     ) -> Tensor:
         """[B, T, width] -> the same shape. For the arguments see `Stack.run`."""
         update = self.attention(_through(self.attention_norm, x), see, cache)
@@ -57,6 +65,7 @@ class Block(nn.Module):
             assert memory is not None and see_memory is not None
             x = self._add(x, self.cross(_through(self.cross_norm, x), see_memory, cache, memory), None)
         inner = _through(self.feedforward_norm, x)
+        routes = None if notes is None else notes.routes
         update = self.feedforward(inner, routes) if isinstance(self.feedforward, Mixture) else self.feedforward(inner)
         return self._add(x, update, self.feedforward_norm_after)
 
@@ -81,14 +90,19 @@ class Stack(nn.Module):
     """Blocks one after another, and a norm.
 
     Attributes:
+        blocks: by the numbers of their layers. A stage of a pipeline holds some of them.
         keep_probabilities: on a CPU, attention probabilities kept for the backward pass, on average a query and head;
             the others are computed again. 0 needs the least memory, more takes less time.
+        ring: the processes that the rows are cut over, where they are.
     """
+
+    blocks: nn.ModuleList | nn.ModuleDict
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.keep_probabilities = 0
+        self.ring: Ring | None = None
         relative = config.positions if isinstance(config.positions, Relative) else None
         self.relative = RelativeBias(relative, config.heads, config.causal) if relative else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
@@ -116,15 +130,17 @@ class Stack(nn.Module):
             hidden: where the stream is noted before the first and after each block, as Hugging Face counts them.
         """
         training_dropout = self.training and self.config.attention_dropout > 0
-        batch = replace(batch, keep=self.keep_probabilities, masked=training_dropout)
+        batch = replace(batch, keep=self.keep_probabilities, masked=training_dropout, ring=self.ring)
         sights: dict[bool, Sight] = {}
-        for layer, block in enumerate(self.blocks):
+        notes = None if routes is None else Notes(routes)
+        for name, block in self.blocks.named_children():
+            layer = int(name)
             local = self.config.window(layer) is not None
             if local not in sights:
                 sights[local] = self_sight(self.config, layer, batch, self.relative)
             if hidden is not None:
                 hidden.append(x)
-            x = block(x, sights[local], None if cache is None else cache.layers[layer], memory, see_memory, routes)
+            x = block(x, sights[local], None if cache is None else cache.layers[layer], memory, see_memory, notes)
         if hidden is not None:
             hidden.append(x)
         if cache is not None:
@@ -158,18 +174,18 @@ class Stack(nn.Module):
 class Embedded(nn.Module):
     """What has an embedding at one end and a head at the other."""
 
-    embedding: TextEmbedding | PatchEmbedding
+    embedding: TextEmbedding | PatchEmbedding | Received
     head: WordHead | LabelHead | None
 
     @property
     def device(self) -> torch.device:
         """Where its weights are."""
-        return next(self.embedding.parameters()).device
+        return next(self.parameters()).device
 
     @property
     def word_weight(self) -> Tensor:
         """The embedding of the words, [vocab, width]."""
-        assert isinstance(self.embedding, TextEmbedding), "an image has no words"
+        assert isinstance(self.embedding, TextEmbedding | Received), "an image has no words"
         return self.embedding.tokens.weight
 
     @property
@@ -186,7 +202,7 @@ class Decoder(Embedded, Stack):
     logits at once (see `danlu.model.loss`).
     """
 
-    embedding: TextEmbedding
+    embedding: TextEmbedding | Received
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

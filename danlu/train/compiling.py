@@ -79,7 +79,7 @@ def compile_blocks(model: Decoder) -> None:
     if not model.embedding.tokens.weight.requires_grad:
         # The first block's input then asks for a gradient as every other's does: without it, it needs its own program.
         model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
-    for block in model.blocks:
+    for block in model.blocks.children():
         block.compile(dynamic=False)
 
 

@@ -1,24 +1,31 @@
-"""The only training loop: batch, objective, optimizer step, checkpoint when due."""
+"""The only training loop: batch, objective, optimizer step, checkpoint when due, on one process or on many."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from danlu.console import progress
+from danlu.console import progress, say
 from danlu.errors import DanluError
-from danlu.train import state
-from danlu.train.objective import Objective
-from danlu.train.optimizer import MasterAdamW
-from danlu.train.watch import Record, Watch, resident_bytes
+from danlu.train.ema import Average
+from danlu.train.guard import Action, Guard
+from danlu.train.hashing import hash_batch
+from danlu.train.mesh import Mesh
+from danlu.train.optimizer import Optimizer, clip
+from danlu.train.replica import Replica
+from danlu.train.state import Checkpoints
+from danlu.train.watch import Record, Watch, memory_in_use
 
 BUFFER = "buffer."  # before the names of a model's buffers in a checkpoint
+STREAM = "stream."  # before those of a stream that keeps something from step to step
 
 
 class Part(Protocol):
@@ -44,84 +51,355 @@ class Batches(Protocol):
     """What to learn from."""
 
     def batch(self, step: int) -> Part:
-        """The batch of a step, counted from 0: the same at every call, and of nothing but the step."""
+        """This process's part of the batch of a step, counted from 0: a function of nothing but the step."""
         ...
 
 
-def train(
-    model: nn.Module,
-    objective: Objective,
-    stream: Batches,
-    optimizer: MasterAdamW,
-    schedule: Callable[[int], float],
-    *,
-    steps: int,
-    micro_batches: int,
-    checkpoint_steps: int,
-    keep_checkpoints: int,
-    seed: int,
-    out: Path,
-    checkpoints: Path,
-) -> list[float]:
-    """Train until `steps` steps are done, going on from the newest whole checkpoint if there is one.
+class Memory(Batches, Protocol):
+    """A stream that grows while it is read, as a replay buffer does; what it holds is part of a checkpoint."""
+
+    def advance(self, step: int) -> None:
+        """Take in what belongs before this step's batch; called once a step."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """All that `batch` and `advance` depend on, as tensors that share storage."""
+        ...
+
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        """Take up where `state` left off."""
+        ...
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One of the updates of a step. Most models have one a step; those that learn against each other take turns.
+
+    Attributes:
+        optimizer: of the weights that this turn updates.
+        rate: step, counted from 0 -> learning rate.
+        clip: the largest norm of the gradient, or None.
+        average: of the optimizer's weights, kept up to date, or None.
+    """
+
+    optimizer: Optimizer
+    rate: Callable[[int], float]
+    clip: float | None = None
+    average: Average | None = None
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Measuring now and then on what is not learned.
+
+    Attributes:
+        every: steps between two measurements; one also ends the run.
+        measure: the loss, the same number on every process; called in evaluation mode without gradients.
+        observe: told each loss, as schedules on a plateau want.
+        patience: measurements in a row that may be no better than the best before the run ends early; None for any.
+        observed: what `observe` keeps, to be saved with a checkpoint, and how to take it up again.
+    """
+
+    every: int
+    measure: Callable[[], float]
+    observe: Callable[[float], None] = field(default=lambda loss: None)
+    patience: int | None = None
+    observed: tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], None]] | None = None
+
+
+class Progress:
+    """How far a run is, besides its tensors: what a checkpoint's small values hold."""
+
+    def __init__(self) -> None:
+        self.best: float | None = None
+        self.worse = 0
+        self.validated: list[tuple[int, float]] = []
+
+    def observe(self, step: int, loss: float) -> None:
+        self.validated.append((step, loss))
+        if self.best is None or loss < self.best:
+            self.best, self.worse = loss, 0
+        else:
+            self.worse += 1
+
+    def state(self) -> dict[str, Any]:
+        return {"best": self.best, "worse": self.worse, "validated": self.validated}
+
+    def load(self, saved: dict[str, Any]) -> None:
+        self.best, self.worse = saved["best"], saved["worse"]
+        self.validated = [(int(step), float(loss)) for step, loss in saved["validated"]]
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a run ended.
+
+    Attributes:
+        steps: that were done.
+        losses: of every step in nat/token, resumed ones included.
+        validated: (step, loss) of every validation.
+        why: "finished", "stopped" (asked to), or "early" (no better for too long).
+    """
+
+    steps: int
+    losses: list[float]
+    validated: list[tuple[int, float]]
+    why: str
+
+
+@dataclass
+class Run:
+    """Everything that a run is made of. `train` carries it out.
+
+    Attributes:
+        replica: the model part and objectives of this process, one objective a turn.
+        turns: updates of a step, in their order.
+        stream: what to learn from.
+        steps: how many to do in all.
+        seed: decides dropout and other chance in the model.
+        checkpoints: where the state is kept; `checkpoint_steps` apart.
+        out: gets metrics.jsonl and tensorboard/, from the first process.
+        identity: JSON-able; what a checkpoint must have been made with to be resumed (model, data, batch, optimizer).
+        validation, guard: None for none.
+        stopping: polled each step; where any process says yes, all save and stop.
+        alive: told the step and what is being done in it.
+        flops: floating-point operations a token, for MFU; `ceiling`: operations a second of one process's device.
+    """
+
+    replica: Replica
+    turns: Sequence[Turn]
+    stream: Any
+    steps: int
+    seed: int
+    checkpoints: Checkpoints
+    checkpoint_steps: int
+    out: Path
+    identity: dict[str, Any] = field(default_factory=dict)
+    validation: Validation | None = None
+    guard: Guard = field(default_factory=Guard)
+    stopping: Callable[[], bool] = lambda: False
+    alive: Callable[[int, str], None] = lambda step, phase: None
+    flops: float = 0.0
+    ceiling: float = 0.0
+    label: str = "train"
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.replica.mesh
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors that the next step depends on, by their names in a checkpoint; they share storage."""
+        found: dict[str, Tensor] = {}
+        for number, turn in enumerate(self.turns):
+            own = turn.optimizer.state() | ({} if turn.average is None else turn.average.state())
+            found |= own if number == 0 else {f"turn{number}.{name}": tensor for name, tensor in own.items()}
+        found |= {BUFFER + name: buffer for name, buffer in self.replica.buffers().items()}
+        if hasattr(self.stream, "state"):
+            found |= {STREAM + name: tensor for name, tensor in self.stream.state().items()}
+        return found
+
+
+def train(run: Run) -> Done:
+    """Train until `run.steps` steps are done, going on from the newest whole checkpoint if there is one.
 
     A step is a pure function of the state before it, the step's number and the seed; nothing else is carried over, so
     a run killed anywhere ends with the same bits as one left alone.
 
-    Args:
-        model: any module; what of it learns, `optimizer` holds. Buffers, such as running means, are resumed too.
-        objective: (model, part of a batch) -> Loss.
-        stream: what to learn from.
-        schedule: step, counted from 0 -> learning rate.
-        micro_batches: parts each batch is cut into; the loss is divided by the whole batch's count, so the gradient
-            does not depend on the cut.
-        out: gets metrics.jsonl and tensorboard/.
-        checkpoints: where checkpoints are kept.
-
-    Returns: the loss of every step in nat/token, resumed ones included.
-    Raises DanluError where the loss or the gradient stops being finite.
+    Raises DanluError where the checkpoints are of another run, the disk is full, or a step goes wrong and the guard's
+    settings say stop.
     """
-    saved = state.resume(checkpoints)
-    done = 0
-    if saved is not None:
-        done, tensors = saved
-        optimizer.load(tensors)
-        for name, buffer in model.named_buffers():
-            buffer.copy_(tensors[BUFFER + name])
-    model.train()
-    with Watch(out, done) as watch, progress("tuning", steps - done, "steps") as tick:
-        for step in range(done, steps):
-            started = time.perf_counter()
-            torch.manual_seed(seed * 1_000_003 + step)  # dropout depends on the step alone
-            batch = stream.batch(step)
-            total = 0.0
-            for part in batch.split(micro_batches):
-                loss = objective(model, part)
-                ((loss.sum + loss.penalty) / max(batch.count, 1)).backward()
-                total += float(loss.sum.detach())
-            rate = schedule(step)
-            norm = optimizer.step(rate)
-            mean = total / max(batch.count, 1)
-            if not math.isfinite(mean) or not math.isfinite(norm):
-                raise DanluError(
-                    f"step {step + 1}: loss {mean}, gradient norm {norm}", fix="lower tune.learning_rate or tune.clip"
-                )
-            seconds = time.perf_counter() - started
-            watch.record(
-                Record(
-                    step=step + 1,
-                    loss=mean,
-                    learning_rate=rate,
-                    gradient_norm=norm,
-                    tokens=batch.size,
-                    trained=batch.count,
-                    tokens_per_second=batch.size / seconds,
-                    seconds=seconds,
-                    memory_bytes=resident_bytes(),
-                )
-            )
-            tick.advance(1, f"loss {mean:.3f}, {batch.size / seconds:,.0f} token/s")
-            if (step + 1) % checkpoint_steps == 0 or step + 1 == steps:
-                buffers = {BUFFER + name: buffer for name, buffer in model.named_buffers()}
-                state.save(checkpoints, step + 1, optimizer.state() | buffers, keep_checkpoints)
-    return watch.losses
+    noted = Progress()
+    while True:
+        done = _resume(run, noted)
+        try:
+            return _go_on(run, done, noted)
+        except _Back as back:
+            run.guard.leave_out(back.step, write=run.mesh.rank == 0)
+            say(f"{run.label}: {back}; going back to the last checkpoint, and on without that batch")
+
+
+class _Back(Exception):
+    """A step went wrong, and the state before it is no longer trusted. `step` is counted from 0."""
+
+    def __init__(self, step: int, why: str) -> None:
+        super().__init__(f"step {step + 1}: {why}")
+        self.step = step
+
+
+def _resume(run: Run, noted: Progress) -> int:
+    """Take up the newest whole checkpoint; returns the steps that are done."""
+    run.checkpoints.wait()
+    saved = run.checkpoints.open()
+    if saved is None:
+        if run.checkpoints.steps():
+            raise DanluError("none of the checkpoints is whole", where=run.checkpoints.home, fix="choose another --out")
+        return 0
+    for name, value in run.identity.items():
+        if name in saved.extra["identity"] and saved.extra["identity"][name] != value:
+            what = f"the checkpoint was made with {name} {saved.extra['identity'][name]!r}, and this run has {value!r}"
+            raise DanluError(what, where=run.checkpoints.home, fix="use the settings of that run, or another --out")
+    saved.read_into(run.state())
+    for turn in run.turns:
+        turn.optimizer.refresh()
+    run.replica.settle()
+    noted.load(saved.extra["progress"])
+    run.guard.load(saved.extra["guard"])
+    if run.validation is not None and run.validation.observed is not None and "observed" in saved.extra:
+        run.validation.observed[1](saved.extra["observed"])
+    if run.mesh.rank == 0:
+        say(f"{run.label}: goes on after step {saved.step}")
+    return saved.step
+
+
+def _save(run: Run, step: int, noted: Progress, score: float | None) -> None:
+    extra = {
+        "identity": run.identity,
+        "progress": noted.state(),
+        "guard": run.guard.state(),
+        "plan": run.mesh.plan.plain(),
+    }
+    if run.validation is not None and run.validation.observed is not None:
+        extra["observed"] = run.validation.observed[0]()
+    run.checkpoints.save(step, run.state(), extra, score)
+
+
+def _go_on(run: Run, done: int, noted: Progress) -> Done:
+    first = run.mesh.rank == 0
+    why, saved, last = "finished", done, None
+    for model in run.replica.models:
+        model.train()
+    bar = progress(run.label, run.steps - done, "steps") if first else nullcontext(None)
+    with Watch(run.out, done, run.label, writes=first) as watch, bar as tick:
+        for step in range(done, run.steps):
+            record, stop = _step(run, step)
+            done = step + 1
+            if run.validation is not None and (done % run.validation.every == 0 or done == run.steps):
+                last = _validate(run, done, noted)
+                record = replace(record, validation=last)
+                if run.validation.patience is not None and noted.worse > run.validation.patience:
+                    why = "early"
+            watch.record(record)
+            if tick is not None:
+                tick.advance(1, f"loss {record.loss:.3f}, {record.tokens_per_second:,.0f} token/s")
+            if stop:
+                why = "stopped"
+            if done % run.checkpoint_steps == 0 or done == run.steps or why != "finished":
+                _save(run, done, noted, record.validation)
+                saved = done
+            if why != "finished":
+                break
+        run.checkpoints.wait()
+    assert saved == done or done == 0
+    measured = [*noted.validated]
+    if last is not None and measured[-1:] != [(done, last)] and done == run.steps:
+        measured.append((done, last))
+    return Done(done, watch.losses, measured, why)
+
+
+def _step(run: Run, step: int) -> tuple[Record, bool]:
+    """One step of all turns; returns what to note, and whether some process was asked to stop."""
+    started, clock = time.perf_counter(), run.replica.clock
+    clock.take()
+    torch.manual_seed(_seed(run, step))
+    run.alive(step + 1, "data")
+    with clock.phase("data"):
+        if hasattr(run.stream, "advance"):
+            run.stream.advance(step)
+        batch = run.stream.batch(step)
+        here = batch.to(run.mesh.device) if run.mesh.device.type != "cpu" else batch
+    with clock.phase("communication"):
+        own = torch.tensor([batch.count, batch.size, float(run.stopping())], dtype=torch.float64)
+        told: list[float] = run.mesh.sum(own).tolist()
+        digest = hash_batch(run.mesh, batch)
+    copies = run.mesh.world // run.mesh.plan.readers
+    count, size = round(told[0]) // copies, round(told[1]) // copies
+    made, skipped = [], None
+    for number, turn in enumerate(run.turns):
+        if step in run.guard.left_out:
+            skipped = "left out: an earlier try went wrong"
+            made.append({"loss": 0.0, "learning_rate": turn.rate(step), "gradient_norm": 0.0})
+            continue
+        loss, norm = _update(run, turn, number, here, count, step)
+        made.append({"loss": loss, "learning_rate": turn.rate(step), "gradient_norm": norm})
+        action, why = run.guard.judge(loss, norm) if number == 0 else _finite(loss, norm)
+        if action == "stop":
+            fix = "lower the learning rate or the clip, or see the settings of guard"
+            raise DanluError(f"step {step + 1}: {why}", fix=fix)
+        if action == "back":
+            raise _Back(step, why)
+        if action == "skip":
+            skipped = why
+            say(f"{run.label}: step {step + 1} is skipped: {why}")
+            turn.optimizer.zero()
+            continue
+        with clock.phase("optimizer"):
+            run.alive(step + 1, "optimizer")
+            if turn.clip is not None:
+                clip(turn.optimizer.gradients(), norm, turn.clip)
+            turn.optimizer.step(turn.rate(step))
+            turn.optimizer.zero()
+            run.replica.settle()
+            if turn.average is not None:
+                turn.average.update()
+    with clock.phase("communication"):
+        memory = run.mesh.most(float(memory_in_use(run.mesh.device)))
+    seconds = time.perf_counter() - started
+    spent = run.flops * size / seconds / (run.ceiling * run.mesh.world) if run.flops and run.ceiling else None
+    record = Record(
+        step=step + 1,
+        loss=made[0]["loss"],
+        learning_rate=made[0]["learning_rate"],
+        gradient_norm=made[0]["gradient_norm"],
+        tokens=size,
+        trained=count,
+        tokens_per_second=size / seconds,
+        seconds=seconds,
+        memory_bytes=int(memory),
+        batch=digest,
+        mfu=spent,
+        phases=clock.take(),
+        skipped=skipped,
+        turns=made[1:],
+    )
+    return record, told[2] > 0
+
+
+def _update(run: Run, turn: Turn, number: int, batch: Any, count: int, step: int) -> tuple[float, float]:
+    """The mean loss of a turn and the norm of its gradient, which is left on the weights."""
+    run.alive(step + 1, "forward and backward")
+    own = run.replica.gradients(batch, count, number)
+    for other in run.turns:
+        if other is not turn:
+            other.optimizer.zero()
+    with run.replica.clock.phase("communication"):
+        loss = float(run.mesh.sum(own)) / max(count, 1)
+        norm = run.replica.norm(turn.optimizer.gradients())
+    return loss, norm
+
+
+def _finite(loss: float, norm: float) -> tuple[Action, str]:
+    whole = math.isfinite(loss) and math.isfinite(norm)
+    return ("go on", "") if whole else ("stop", f"loss {loss}, gradient norm {norm}")
+
+
+def _seed(run: Run, step: int) -> int:
+    """Chance in a step depends on the seed, the step and the rows alone; processes that share rows draw alike."""
+    return (run.seed * 1_000_003 + step) * run.mesh.plan.readers + run.mesh.reader
+
+
+def _validate(run: Run, step: int, noted: Progress) -> float:
+    assert run.validation is not None
+    run.alive(step, "validation")
+    average = run.turns[0].average
+    for model in run.replica.models:
+        model.eval()
+    with torch.no_grad(), average.swapped() if average is not None else nullcontext():
+        loss = run.validation.measure()
+    for model in run.replica.models:
+        model.train()
+    if step % run.validation.every == 0:  # what only ends a run leaves no trace in one that goes on
+        noted.observe(step, loss)
+        run.validation.observe(loss)
+    if run.mesh.rank == 0:
+        say(f"{run.label}: step {step}, validation loss {loss:.4f}")
+    return loss

@@ -21,14 +21,19 @@ from danlu.model.checkpoint import Checkpoint, save_checkpoint
 from danlu.model.lora import add_lora, freeze, merge_lora, train_only
 from danlu.model.peft import save_adapter
 from danlu.model.transformer import Decoder
+from danlu.plan.plan import Plan
 from danlu.train.compiling import choose_compile, compile_blocks
-from danlu.train.loop import train
+from danlu.train.loop import Run, Turn, train
 from danlu.train.memory import kept_memory
+from danlu.train.mesh import Mesh
 from danlu.train.objective import next_token
-from danlu.train.optimizer import MasterAdamW, masters_of
+from danlu.train.optimizer import Optimizer, masters_of
+from danlu.train.optimizing.settings import OptimizerSettings
 from danlu.train.precision import choose_precision
+from danlu.train.replica import Replica
 from danlu.train.schedule import learning_rate
 from danlu.train.settings import TuneSettings
+from danlu.train.state import Checkpoints
 
 # Attention probabilities to keep, a query and head, while adapters learn: without masters and moments of all weights
 # there is memory to spare. 320 are all of them in rows of 512 tokens.
@@ -61,7 +66,9 @@ def tune(settings: TuneSettings, base: Checkpoint, data: Path, out: Path, seed: 
     dtype, compiled = _decide(settings, base, tokens, out / WORK / "decisions.json")
 
     model = prepare(settings, base, dtype, seed)
-    optimizer = MasterAdamW(*masters_of(model, dtype), settings)
+    mesh = Mesh(Plan(micro_batches=settings.batch_rows // (settings.micro_rows or settings.batch_rows)))
+    replica = Replica(model, [next_token], mesh, rows=settings.batch_rows, length=rows.window)
+    optimizer = Optimizer(*masters_of(model, dtype), optimizer_settings(settings))
     if compiled:
         compile_blocks(model)
     trainable = sum(tensor.numel() for tensor in optimizer.masters.values())
@@ -71,22 +78,21 @@ def tune(settings: TuneSettings, base: Checkpoint, data: Path, out: Path, seed: 
     )
     say(f"tune: {settings.method}, {trainable:,} trainable of {sum(p.numel() for p in model.parameters()):,} weights")
     with kept_memory():
-        losses = train(
-            model,
-            next_token,
+        run = Run(
+            replica,
+            [Turn(optimizer, partial(learning_rate, steps=steps, settings=settings), settings.clip)],
             Stream(rows, settings.batch_rows, seed),
-            optimizer,
-            partial(learning_rate, steps=steps, settings=settings),
             steps=steps,
-            micro_batches=settings.batch_rows // (settings.micro_rows or settings.batch_rows),
-            checkpoint_steps=settings.checkpoint_steps,
-            keep_checkpoints=settings.keep_checkpoints,
             seed=seed,
+            # Written while the run stands still: a copy to write from would take as much memory again.
+            checkpoints=Checkpoints(out / WORK / "checkpoints", settings.keep_checkpoints, background=False),
+            checkpoint_steps=settings.checkpoint_steps,
             out=out,
-            checkpoints=out / WORK / "checkpoints",
+            label="tune",
         )
+        losses = train(run).losses
     learned = {name: tensor.detach() for name, tensor in optimizer.masters.items()}
-    del model, optimizer
+    del model, optimizer, replica, run
     finished = _finished(settings, base, learned, seed)
     if settings.method in ADAPTERS:
         save_adapter(finished, out / "adapter", base=str(base.path))
@@ -97,6 +103,12 @@ def tune(settings: TuneSettings, base: Checkpoint, data: Path, out: Path, seed: 
         "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
         "compiled": compiled,
     }
+
+
+def optimizer_settings(settings: TuneSettings) -> OptimizerSettings:
+    """Tuning's choice of an optimizer: AdamW."""
+    names = ("learning_rate", "betas", "epsilon", "weight_decay", "clip")
+    return OptimizerSettings(**{name: getattr(settings, name) for name in names})
 
 
 def prepare(settings: TuneSettings, base: Checkpoint, dtype: torch.dtype, seed: int) -> Decoder:
@@ -176,5 +188,5 @@ def _figures(out: Path, losses: list[float], steps: int, trainable: int, seconds
         ),
         "trainable_weights": figure(trainable, "weights"),
         "seconds": figure(round(seconds, 1), "s", by="this process; time before a restart is not in it"),
-        "memory": figure(max(line["memory_bytes"] for line in lines), "bytes", by="largest resident size after a step"),
+        "memory": figure(max(line["memory_bytes"] for line in lines), "bytes", by="the most held at any time"),
     }

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import asdict, dataclass
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil
+import torch
 
+from danlu.artifact import peak_memory
 from danlu.console import say
 
 
@@ -20,12 +24,19 @@ class Record:
 
     Attributes:
         step: counted from 1.
-        loss: mean over the step's trained tokens, nat/token.
+        loss: mean over the step's targets, nat/token; with several turns, the first one's.
         learning_rate, gradient_norm: of this step; the norm is the one before clipping.
-        tokens: tokens computed, padding left out; trained: those that were learned.
+        tokens: tokens computed on all processes, padding left out; trained: those that were learned.
         tokens_per_second: tokens / seconds.
         seconds: the step's wall time.
-        memory_bytes: resident memory of the process after the step.
+        memory_bytes: the most that a process has held so far: in RAM, or on its accelerator.
+        batch: hash of the whole batch's token ids, in the order of its rows.
+        mfu: share of the measured rate of matrix products that the model's own operations made up, or None.
+        phases: seconds of the first process in data, forward, backward, communication and optimizer. What is sent
+            within the forward and the backward pass counts there.
+        skipped: why the weights were not updated, or None.
+        validation: loss on what is not learned, where it was measured after this step.
+        turns: loss, learning rate and gradient norm of each turn after the first.
     """
 
     step: int
@@ -37,41 +48,88 @@ class Record:
     tokens_per_second: float
     seconds: float
     memory_bytes: int
+    batch: str = ""
+    mfu: float | None = None
+    phases: dict[str, float] = field(default_factory=dict)
+    skipped: str | None = None
+    validation: float | None = None
+    turns: list[dict[str, float]] = field(default_factory=list)
+
+    def plain(self) -> dict[str, Any]:
+        """As written: what there is nothing to say of is left out."""
+        return {name: value for name, value in asdict(self).items() if value not in (None, [], {}, "")}
 
 
 class Watch:
-    """Appends records to metrics.jsonl and to TensorBoard; lines past the step resumed from are dropped first."""
+    """Appends records to metrics.jsonl and to TensorBoard; lines past the step resumed from are dropped first.
 
-    def __init__(self, out: Path, done: int) -> None:
-        out.mkdir(parents=True, exist_ok=True)
+    Args:
+        out: gets the files.
+        done: steps done before.
+        label: the group of TensorBoard's curves.
+        writes: False on all processes but the first, which keep the losses and write nothing.
+    """
+
+    def __init__(self, out: Path, done: int, label: str = "tune", writes: bool = True) -> None:
+        self.label, self.file, self.board = label, None, None
         path = out / "metrics.jsonl"
         kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= done]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self.losses = [json.loads(line)["loss"] for line in kept]
-        self.file = path.open("a", encoding="utf-8")
-        self.board = _board(out / "tensorboard", done)
+        if writes:
+            out.mkdir(parents=True, exist_ok=True)
+            aside = path.with_suffix(".aside")
+            aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            aside.replace(path)
+            self.file = path.open("a", encoding="utf-8")
+            self.board = _board(out / "tensorboard", done, label)
 
     def record(self, record: Record) -> None:
         """Write one step down; it is on its way to the disk when this returns."""
         self.losses.append(record.loss)
-        self.file.write(json.dumps(asdict(record)) + "\n")
-        self.file.flush()
+        if self.file is not None:
+            self.file.write(json.dumps(record.plain()) + "\n")
+            self.file.flush()
         if self.board is not None:
-            for name in ("loss", "learning_rate", "gradient_norm", "tokens_per_second"):
-                self.board.add_scalar(f"tune/{name}", getattr(record, name), record.step)
+            for name in ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "mfu", "validation"):
+                value = getattr(record, name)
+                if value is not None:
+                    self.board.add_scalar(f"{self.label}/{name}", value, record.step)
 
     def __enter__(self) -> Watch:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
         if self.board is not None:
             self.board.close()
 
 
-def resident_bytes() -> int:
-    """Memory of this process that is in RAM now."""
-    return int(psutil.Process(os.getpid()).memory_info().rss)
+class Clock:
+    """Seconds spent in the phases of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """What happens inside counts for a phase."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - started
+
+    def take(self) -> dict[str, float]:
+        """What was counted since the last time, rounded to microseconds."""
+        found = {name: round(seconds, 6) for name, seconds in self.seconds.items()}
+        self.seconds.clear()
+        return found
+
+
+def memory_in_use(device: torch.device) -> int:
+    """The most bytes that this process has held: on its accelerator if it has one, else in RAM."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
 
 
 def _whole_lines(path: Path) -> list[str]:
@@ -80,11 +138,11 @@ def _whole_lines(path: Path) -> list[str]:
     return text.split("\n")[:-1]
 
 
-def _board(home: Path, done: int) -> Any:
+def _board(home: Path, done: int, label: str) -> Any:
     """A TensorBoard writer, or None where the package is not installed (said once)."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        say("tune: no TensorBoard logs (pip install 'danlu[tensorboard]')")
+        say(f"{label}: no TensorBoard logs (pip install 'danlu[tensorboard]')")
         return None
     return SummaryWriter(str(home), purge_step=done + 1 if done else None)

@@ -13,7 +13,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from transformers.models.switch_transformers.modeling_switch_transformers import router_z_loss_func
 
 from danlu.model.config import Experts, ModelConfig
-from danlu.model.mixture import Mixture, Routing, balance_loss, z_loss
+from danlu.model.mixture import Mixture, Routing, router_penalty
 from danlu.model.transformer import Decoder
 
 
@@ -108,21 +108,38 @@ def test_the_losses_are_the_papers() -> None:
     routes: list[Routing] = []
     model(torch.randint(0, 50, (2, 9)), routes=routes)
     assert len(routes) == 2
-    theirs = load_balancing_loss_func(tuple(route.logits for route in routes), 4, 2)
-    torch.testing.assert_close(balance_loss(routes, experts), theirs)
-    stacked = torch.cat([route.logits for route in routes])[None]
-    torch.testing.assert_close(z_loss(routes), router_z_loss_func(stacked))
-    balance_loss(routes, experts).backward()
+    counts = torch.tensor([9, 4])
+    # Row by row and layer by layer, each row as often as it has targets.
+    rows = [route.logits.unflatten(0, (2, 9))[row] for route in routes for row in (0, 1)]
+    times = [9, 4] * 2
+    balance = sum(n * load_balancing_loss_func((row,), 4, 2) for n, row in zip(times, rows, strict=True))
+    found = router_penalty(routes, replace(experts, z=0.0), counts)
+    torch.testing.assert_close(found, 0.1 * balance)
+    z = sum(n * router_z_loss_func(row[None]) for n, row in zip(times, rows, strict=True))
+    torch.testing.assert_close(router_penalty(routes, replace(experts, balance=0.0), counts), 0.1 * z)
+    found.backward()
     assert all(block.feedforward.router.weight.grad.abs().sum() > 0 for block in model.blocks)
+
+
+def test_padding_costs_routers_nothing() -> None:
+    experts = Experts(4, 2, 12, balance=0.1, z=0.1)
+    model = Decoder(config(experts))
+    tokens, whole, cut = torch.randint(0, 50, (1, 9)), [], []
+    real = torch.arange(9)[None] < 6
+    model(tokens, segments=real.int(), routes=whole)
+    model(tokens[:, :6], routes=cut)
+    counts = torch.tensor([5])
+    torch.testing.assert_close(router_penalty(whole, experts, counts, real), router_penalty(cut, experts, counts))
 
 
 def test_perfect_balance_costs_as_little_as_it_can() -> None:
     even = Routing(torch.zeros(8, 4), torch.arange(8)[:, None] % 4, torch.ones(8, 1, dtype=torch.bool))
-    assert float(balance_loss([even], Experts(4, 1, 12))) == pytest.approx(1.0)
+    once, alone = torch.tensor([1]), Experts(4, 1, 12, balance=1.0)
+    assert float(router_penalty([even], alone, once)) == pytest.approx(1.0)
     skewed = replace(
         even, logits=torch.tensor([9.0, 0, 0, 0]).expand(8, 4), experts=torch.zeros(8, 1, dtype=torch.int64)
     )
-    assert float(balance_loss([skewed], Experts(4, 1, 12))) > 3.9
+    assert float(router_penalty([skewed], alone, once)) > 3.9
 
 
 def test_jitter_is_for_training_alone() -> None:

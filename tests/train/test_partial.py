@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from danlu.errors import DanluError
 from danlu.model.checkpoint import Checkpoint
 from danlu.model.peft import load_adapter
-from danlu.train import loop, state
 from danlu.train.settings import TuneSettings
 from danlu.train.stage import prepare, tune
+from danlu.train.state import Checkpoints
 
 BASE: dict[str, Any] = {
     "steps": 6,
@@ -117,14 +117,15 @@ def test_dora_learns_the_lengths_of_rows_too(base, data, tmp_path):
 @pytest.mark.parametrize("changes", [{"method": "dora", "dropout": 0.1}, LAST], ids=["dora", "partial"])
 def test_an_interrupted_run_ends_with_the_same_bits(base, data, tmp_path, monkeypatch, changes):
     run(base, data, tmp_path / "straight", **changes)
-    save = state.save
+    save = Checkpoints.save
 
-    def power_cut(home, step, tensors, keep):
-        save(home, step, tensors, keep)
+    def power_cut(self, step, tensors, extra, score=None):
+        save(self, step, tensors, extra, score)
+        self.wait()
         if step == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop.state, "save", power_cut)
+    monkeypatch.setattr(Checkpoints, "save", power_cut)
     with pytest.raises(KeyboardInterrupt):
         run(base, data, tmp_path / "broken", **changes)
     run(base, data, tmp_path / "broken", **changes)

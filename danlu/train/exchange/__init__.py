@@ -1,0 +1,1 @@
+"""What workers that train apart tell each other through a directory."""

@@ -1,0 +1,44 @@
+"""Settings of training with local steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from danlu.settings import Settings
+
+TERMS = ("outer_learning_rate", "outer_momentum", "staleness_power", "compress")
+
+
+class LocalSettings(Settings):
+    """How workers that train apart come together."""
+
+    home: Path = Field(description="directory that all workers see, and through which they exchange weights")
+    local_steps: int = Field(
+        500, gt=0, description="steps between two exchanges; a slow worker may make fewer than the others"
+    )
+    outer_learning_rate: float = Field(
+        0.7, gt=0, description="how far the shared weights follow the mean of what the workers have learned"
+    )
+    outer_momentum: float = Field(0.9, ge=0, lt=1, description="memory of the shared weights' earlier moves (Nesterov)")
+    deadline: float = Field(
+        300.0,
+        gt=0,
+        le=1200,
+        description="seconds for which a worker waits for the others; more than a step takes, less than a run may stand"
+        " still before it counts as hung",
+    )
+    staleness_power: float = Field(
+        0.5, ge=0, description="what comes n rounds late counts (1 + n) to the power of minus this"
+    )
+    compress: Literal["none", "bf16"] = Field(
+        "none",
+        description="number format of what is exchanged; bf16 halves it, and what rounding takes away is given later",
+    )
+    keep: int = Field(4, ge=4, description="rounds for which a worker keeps what it has written")
+
+    def terms(self) -> dict[str, Any]:
+        """What all workers must have alike, since any of them may make a round."""
+        return {name: getattr(self, name) for name in TERMS}

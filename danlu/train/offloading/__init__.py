@@ -1,0 +1,1 @@
+"""What training keeps outside of memory: weights, gradients, the optimizer's state, and activations."""

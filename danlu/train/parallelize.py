@@ -1,0 +1,77 @@
+"""A plan and a model -> the modules that one process computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from danlu.model.mixture import BankFeedForward
+from danlu.model.transformer import Block, Decoder, Encoder, Stack
+from danlu.train.dispatch import share_experts
+from danlu.train.mesh import Mesh
+from danlu.train.pipelined import cut_model
+from danlu.train.tensor import distribute, local_experts, split_model
+
+
+def split(model: nn.Module, mesh: Mesh, length: int) -> list[nn.Module]:
+    """The parts of a model that this process computes, their weights cut as the plan says; one, or its stages.
+
+    What is cut here is never put together again: stages of the pipeline, matrices, experts. What FSDP lays out and
+    gathers comes after, in `shard`.
+
+    Args:
+        model: on the meta device.
+        length: tokens of a row.
+    """
+    plan = mesh.plan
+    parts: list[nn.Module] = [model]
+    if plan.pipeline > 1:
+        assert isinstance(model, Decoder | Encoder)
+        parts = list(cut_model(model, plan, mesh.place("pipeline"), length, mesh.sharding() is not None))
+    for part in parts:
+        for stack in part.modules():
+            if isinstance(stack, Stack):
+                stack.ring = mesh.ring
+        distribute(part, mesh.tensor, mesh.experts)
+        if mesh.tensor is not None:
+            split_model(part, mesh.tensor, plan.sequence)  # type: ignore[arg-type]
+        if plan.expert > 1:
+            share_experts(part, mesh.group("expert"))  # type: ignore[arg-type]
+            if mesh.tensor is None:
+                for module in part.modules():
+                    if isinstance(module, BankFeedForward):
+                        local_experts(module)
+    return parts
+
+
+def shard(root: nn.Module, mesh: Mesh, dtype: torch.dtype) -> None:
+    """Lay the weights of a module out over the processes that share rows, as FSDP2 does (arXiv:2304.11277).
+
+    Args:
+        root: what is called once a micro-batch; blocks and experts inside it are gathered one by one.
+        dtype: what is computed in. Weights are kept, and gradients summed, in fp32.
+    """
+    over, over_experts = mesh.sharding(), mesh.sharding(experts=True)
+    if over is None:
+        return
+    options: dict[str, Any] = {
+        "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        "reshard_after_forward": mesh.plan.zero == 3,
+    }
+    alone: set[nn.Parameter] = set()
+    for module in reversed(list(root.modules())):
+        if isinstance(module, BankFeedForward) and mesh.plan.expert > 1:
+            if over_experts is None:
+                alone |= set(module.parameters())
+            else:
+                fully_shard(module, mesh=over_experts, **options)
+        elif isinstance(module, Block):
+            fully_shard(module, mesh=over, ignored_params=alone, **options)
+    fully_shard(root, mesh=over, ignored_params=alone, **options)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # losses are divided by the count over all processes
+            module.set_force_sum_reduction_for_comms(True)

@@ -1,0 +1,63 @@
+"""`danlu train` in the process that the user starts: launches the workers, then writes the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from danlu.plan.plan import Plan
+from danlu.train.launch import launch
+from danlu.train.recipe import TrainRecipe
+from danlu.train.state import list_checkpoints
+
+CHECKPOINTS = "checkpoints"
+Launcher = Literal["here", "ray"]
+
+
+def start(
+    settings: TrainRecipe, out: Path | None, *, plan: str | None, steps: int | None, on: Launcher = "here"
+) -> dict[str, Any]:
+    """Carry out a recipe in as many processes as it says, and write the model that came out of it to OUT/model.
+
+    Args:
+        settings: with whole paths.
+        out: the run's directory; by default runs/NAME.
+        plan: as in tensor=2,shard=2, in place of the recipe's.
+        steps: to do in all, in place of the recipe's.
+        on: who starts the processes.
+
+    Returns what there is to say of the run. For errors see `danlu.train.launch.launch`.
+    """
+    home = (out or Path("runs") / settings.name).resolve()
+    asked = Plan.parse(plan) if plan is not None else None
+    if asked is None and settings.plan is not None:
+        asked = settings.plan.model_dump(mode="json", exclude_unset=True)
+    Plan.read(asked or {})
+    arguments = {"recipe": settings.plain(), "out": str(home), "plan": asked, "steps": steps}
+    done: dict[str, Any] = _launcher(on)(
+        "danlu.train.worker:work",
+        arguments,
+        settings.launch,
+        run_dir=home,
+        progress=lambda: _newest(home),
+    )
+    if done["ended"] != "stopped" and int(os.environ.get("RANK", "0")) == 0:
+        from danlu.train.export import export
+
+        done["model"] = str(export(home, home / "model").out)
+    return done
+
+
+def _launcher(on: Launcher) -> Callable[..., Any]:
+    if on == "ray":
+        from danlu.train.ray_launch import launch_on_ray
+
+        return launch_on_ray
+    return launch
+
+
+def _newest(home: Path) -> int:
+    """The step of the newest checkpoint that looks whole, 0 without one."""
+    return max((facts.step for facts in list_checkpoints(home / CHECKPOINTS) if not facts.problem), default=0)

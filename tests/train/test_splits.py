@@ -1,0 +1,120 @@
+"""Every way to split the work makes the run that one process makes: losses and gradient norms of 20 steps."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from danlu.data.stream import Batch
+from danlu.model.config import Experts, ModelConfig
+from danlu.model.initialize import initialize
+from danlu.model.transformer import Decoder
+from danlu.plan.plan import Plan, Work, check
+from danlu.train.mesh import make_mesh
+from danlu.train.objective import next_token
+from danlu.train.optimizer import Optimizer
+from danlu.train.optimizing.settings import OptimizerSettings
+from danlu.train.replica import Replica
+from danlu.train.worker import masters_and_copies
+from tests.train.ranks import run_ranks
+
+ROWS, LENGTH, WORDS, STEPS = 8, 32, 67, 20
+TOLERANCE = 1e-5
+SHAPE: dict[str, Any] = {
+    "vocab_size": WORDS,  # no multiple of anything
+    "width": 32,
+    "layers": 4,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_width": 8,
+    "feedforward_width": 48,
+    "context": 64,
+    "qk_norm": True,
+}
+MIXTURE = Experts(4, 2, 24, normalised=True, shared_width=16, shared_gate=True, balance=0.02, z=0.001)
+CONFIGS = {"dense": ModelConfig(**SHAPE, tied=True), "mixture": ModelConfig(**SHAPE, experts=MIXTURE)}
+
+PLANS: dict[str, tuple[str, ...]] = {
+    "both": (
+        "micro_batches=2",
+        "data=2",
+        "shard=2,zero=1,micro_batches=2",
+        "shard=2,zero=2,micro_batches=2",
+        "shard=2,zero=3,micro_batches=2",
+        "data=2,shard=2",
+        "tensor=2",
+        "tensor=2,sequence=false",
+        "pipeline=2,micro_batches=4",
+        "pipeline=2,micro_batches=4,schedule=interleaved,stages=2",
+        "pipeline=2,micro_batches=4,schedule=zero-bubble",
+        "pipeline=2,micro_batches=4,schedule=zero-bubble,stages=2",
+        "context=2",
+        "context=2,shard=2",
+        "tensor=2,pipeline=2,shard=2,micro_batches=2",
+        "tensor=2,context=2,data=2",
+    ),
+    "mixture": (
+        "expert=2",
+        "expert=4",
+        "expert=2,shard=2",
+        "expert=2,tensor=2",
+        "expert=2,context=2",
+        "expert=2,tensor=2,shard=2",
+        "expert=2,pipeline=2,micro_batches=2",
+    ),
+}
+CASES = [(kind, plan) for kind in CONFIGS for plan in PLANS["both"]] + [("mixture", plan) for plan in PLANS["mixture"]]
+
+
+def batch(step: int) -> Batch:
+    """Packed rows of two documents and some padding, [ROWS, LENGTH]."""
+    chance = torch.Generator().manual_seed(100 + step)
+    tokens = torch.randint(0, WORDS, (ROWS, LENGTH), generator=chance)
+    cuts = torch.randint(5, 25, (ROWS, 1), generator=chance)
+    places = torch.arange(LENGTH)[None]
+    segments = ((places >= cuts).int() + 1) * (places < LENGTH - 3)
+    learned = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    targets = torch.full_like(tokens, -100)
+    targets[:, :-1] = torch.where(learned, tokens[:, 1:], -100)
+    return Batch(tokens, targets, segments, places - torch.where(places >= cuts, cuts, 0))
+
+
+def curve(kind: str, text: str) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of every step, as one process of the plan sees them."""
+    plan, config = Plan.read(Plan.parse(text)), CONFIGS[kind]
+    check(plan, Work(config, ROWS, LENGTH), plan.world)
+    mesh, model = make_mesh(plan), Decoder(config)
+    initialize(model, "xavier", 3)
+    model.train()
+    share = ROWS // plan.readers
+    replica = Replica(model, [next_token], mesh, rows=share, length=LENGTH, batch=Batch)
+    optimizer = Optimizer(*masters_and_copies(replica, torch.float32), OptimizerSettings(learning_rate=1e-3))
+    found = []
+    for step in range(STEPS):
+        whole = batch(step)
+        own = slice(mesh.reader * share, (mesh.reader + 1) * share)
+        rows = Batch(whole.tokens[own], whole.targets[own], whole.segments[own], whole.positions[own])
+        loss = float(mesh.sum(replica.gradients(rows, whole.count))) / whole.count
+        found.append((loss, replica.norm(optimizer.gradients())))
+        optimizer.step(1e-3)
+        optimizer.zero()
+    return found
+
+
+@cache
+def alone(kind: str) -> list[tuple[float, float]]:
+    return curve(kind, "data=1")
+
+
+@pytest.mark.parametrize(("kind", "plan"), CASES, ids=[f"{kind}:{plan}" for kind, plan in CASES])
+def test_a_plan_follows_one_process(kind: str, plan: str) -> None:
+    world = Plan.read(Plan.parse(plan)).world
+    curves = run_ranks(world, curve, kind, plan) if world > 1 else [curve(kind, plan)]
+    assert all(found == curves[0] for found in curves), "the processes do not agree"
+    for (loss, norm), (expected, expected_norm) in zip(curves[0], alone(kind), strict=True):
+        assert abs(loss - expected) < TOLERANCE
+        assert abs(norm - expected_norm) < TOLERANCE * max(1.0, expected_norm)
+    assert alone(kind)[-1][0] < alone(kind)[0][0]

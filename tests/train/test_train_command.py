@@ -1,0 +1,172 @@
+"""`danlu train` as people call it: on several processes, killed, stopped, resumed, and given what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import transformers
+
+KILLS = 30
+RECIPE = """
+name: tiny
+model:
+  architecture: LlamaForCausalLM
+  shape: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2,
+          intermediate_size: 48, max_position_embeddings: 32}
+data: {sources: text.txt, vocabulary: bytes, heldout: 10%, heldout_from: end}
+batch: {rows: 8, window: 32}
+steps: 12
+optimizer: {learning_rate: 3e-3}
+precision: fp32
+checkpoints: {every: 5}
+validation: {every: 6, rows: 16}
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("recipe")
+    chance = random.Random(5)
+    words = ("the", "furnace", "丹炉", "turns", "ore", "into", "silver", "and", "gold,", "slowly;", "nobody", "hurries")
+    (home / "text.txt").write_text(" ".join(chance.choice(words) for _ in range(20_000)), encoding="utf-8")
+    (home / "tiny.yaml").write_text(RECIPE, encoding="utf-8")
+    return home / "tiny.yaml"
+
+
+def command(recipe: Path, out: Path, *words: str) -> list[str]:
+    return [sys.executable, "-m", "danlu", "train", str(recipe), "--out", str(out), *words]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(recipe: Path, out: Path, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command(recipe, out, *words), capture_output=True, text=True, env=environment(), timeout=240)
+    assert done.returncode == code, done.stderr[-4000:]
+    return done
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(out: Path) -> list[tuple[Any, ...]]:
+    names = ("step", "loss", "gradient_norm", "learning_rate", "batch", "validation")
+    return [tuple(line.get(name) for name in names) for line in metrics(out)]
+
+
+def test_it_trains_resumes_with_another_plan_and_exports(recipe: Path, tmp_path: Path) -> None:
+    whole = json.loads(run(recipe, tmp_path / "one", "--json").stdout)
+    assert whole["steps"] == 12 and whole["ended"] == "finished"
+    lines = metrics(tmp_path / "one")
+    assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["validation"] == whole["validation_loss"]
+
+    run(recipe, tmp_path / "two", "--nproc", "2", "--plan", "shard=2", "--steps", "7")
+    run(recipe, tmp_path / "two", "--nproc", "4", "--plan", "tensor=2,pipeline=2,micro_batches=2")
+    for mine, expected in zip(metrics(tmp_path / "two"), lines, strict=True):
+        assert mine["batch"] == expected["batch"] and abs(mine["loss"] - expected["loss"]) < 1e-5
+
+    one, two = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("one", "two"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "two" / "model")
+    ids = torch.tensor([tokenizer("the furnace 丹炉")["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(one(ids).logits, two(ids).logits, rtol=0, atol=1e-4)
+
+    listed = subprocess.run(
+        [sys.executable, "-m", "danlu", "checkpoint", "verify", str(tmp_path / "two"), "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [facts["step"] for facts in json.loads(listed.stdout)] == [10, 12]
+
+
+def test_random_kills_of_random_ranks_change_nothing(recipe: Path, tmp_path: Path) -> None:
+    """Every kill restarts the group from the last checkpoint; the end has the same bits as a run left alone."""
+    words = ("--nproc", "2", "--plan", "shard=2", "--set", "checkpoints.every=2", "--set", "validation.every=50")
+    long = (*words, "--set", "steps=400")
+    run(recipe, tmp_path / "calm", *long)
+    killed, chance = 0, random.Random(11)
+    with subprocess.Popen(
+        command(recipe, tmp_path / "wild", *long), env=environment(), stderr=subprocess.PIPE, text=True
+    ) as process:
+        reached = 0
+        while killed < KILLS and process.poll() is None:
+            time.sleep(chance.uniform(0.05, 0.4))
+            done = _newest(tmp_path / "wild")
+            if done <= reached:  # every kill comes after some progress, as failures of machines do
+                continue
+            ranks = _ranks(tmp_path / "wild")
+            victims = [pid for pid in ranks if psutil.pid_exists(pid)]
+            if len(victims) < 2:
+                continue
+            reached = done
+            os.kill(chance.choice(victims), signal.SIGKILL)
+            killed += 1
+        _, told = process.communicate(timeout=240)
+    assert process.returncode == 0, told[-4000:]
+    assert killed == KILLS, f"the run ended after {killed} kills"
+    assert curve(tmp_path / "wild") == curve(tmp_path / "calm")
+
+
+def _newest(out: Path) -> int:
+    return max((int(folder.name.split("-")[1]) for folder in (out / "checkpoints").glob("step-*")), default=0)
+
+
+def _ranks(out: Path) -> list[int]:
+    """The processes that train now."""
+    found = []
+    for file in sorted((out / "ranks").glob("rank-*.alive")):
+        text = file.read_text(errors="ignore").strip("\0 \n")
+        if text:
+            found.append(json.loads(text)["pid"])
+    return found
+
+
+def test_sigterm_saves_and_ends_well(recipe: Path, tmp_path: Path) -> None:
+    words = ("--nproc", "2", "--plan", "shard=2", "--set", "steps=100000", "--set", "validation.every=100000")
+    with subprocess.Popen(
+        command(recipe, tmp_path, *words), env=environment(), stderr=subprocess.PIPE, text=True
+    ) as process:
+        until = time.monotonic() + 120
+        while _newest(tmp_path) < 10 and time.monotonic() < until:
+            time.sleep(0.2)
+        asked = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        _, told = process.communicate(timeout=60)
+    assert process.returncode == 0, told[-3000:]
+    assert time.monotonic() - asked < 30
+    assert _newest(tmp_path) == metrics(tmp_path)[-1]["step"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--nproc", "2", "--plan", "tensor=3"), ["tensor 3 = 3 processes, but there are 2", "nearest plan that fits"]),
+        (("--plan", "tensr=2"), ["tensr=2 is no part of a plan", "did you mean tensor?"]),
+        (("--set", "batch.rows=100000"), ["rows, as many as a step"]),
+        (("--set", "model.architecture=Llama"), ["the architecture Llama is not known"]),
+        (("--set", "optimizer.momentum=0.9"), ["momentum has no effect where name is adamw"]),
+        (("--set", "data.heldout=0.9999"), ["fewer than a window"]),
+    ],
+    ids=lambda value: " ".join(value[-1:]) if isinstance(value, tuple) else "",
+)
+def test_what_cannot_be_done_is_said_in_one_message(
+    words: tuple[str, ...], told: list[str], recipe: Path, tmp_path: Path
+) -> None:
+    said = run(recipe, tmp_path, *words, code=2).stderr
+    assert all(one in said for one in told), said
+    assert "Traceback" not in said
+    assert not (tmp_path / "checkpoints").exists() or not list((tmp_path / "checkpoints").iterdir())
