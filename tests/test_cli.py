@@ -207,7 +207,7 @@ def test_a_disk_that_fills_during_a_checkpoint(project: Project) -> None:
             filling.result()
         assert full.returncode == 2 and "Traceback" not in full.stderr, full.stderr
         assert "cannot be written" in full.stderr and "No space left" in full.stderr, full.stderr
-        assert list(project.run.glob(".tune-*/work/checkpoints/*.safetensors")), "the last good checkpoint is gone"
+        assert list(project.run.glob(".tune-*/work/checkpoints/step-*/index.json")), "the last good checkpoint is gone"
         assert not list(project.run.glob("tune-*"))
         filler.unlink()
         more = project.danlu(*words, project.run)
@@ -218,7 +218,7 @@ def test_a_disk_that_fills_during_a_checkpoint(project: Project) -> None:
 
 def wait_for_checkpoint(run: Path) -> None:
     patience = time.monotonic() + 60
-    while not list(run.glob(".tune-*/work/checkpoints/*.json")):
+    while not list(run.glob(".tune-*/work/checkpoints/step-*/index.json")):
         assert time.monotonic() < patience
         time.sleep(0.01)
 
@@ -264,7 +264,7 @@ def test_help_is_quick_and_every_command_has_an_example(project: Project) -> Non
         seconds.append(time.monotonic() - started)
     assert min(seconds) < 1.0  # 0.25 s where nothing else runs
     commands = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
-    assert {"run", "show", "chat", "serve", "recipe", "doctor", "export"} == set(commands)
+    assert {"run", "train", "show", "chat", "serve", "recipe", "doctor", "export"} == set(commands)
     for command in app.registered_commands:
         assert command.callback is not None and "Example:  danlu " in (command.callback.__doc__ or "")
 

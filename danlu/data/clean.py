@@ -43,13 +43,13 @@ def check(example: Example, settings: DataSettings) -> None:
 
 def _spell(text: str) -> str:
     if not text.isascii():
-        text = unicodedata.normalize("NFC", _valid(text))
+        text = unicodedata.normalize("NFC", valid(text))
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     return INVISIBLE.sub("", text).strip()
 
 
-def _valid(text: str) -> str:
+def valid(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -24,11 +24,11 @@ import torch
 from danlu.artifact import Figures, figure, hash_file, sync, write_json
 from danlu.console import progress, say, warn
 from danlu.data.build import REJECTED, SIDES, Rejections
-from danlu.data.clean import _valid
+from danlu.data.clean import valid
 from danlu.data.corpus_settings import CorpusSettings
 from danlu.data.example import BadRow, Origin, preview
 from danlu.data.formats import LOOKED_AT, detect
-from danlu.data.permutation import key_of, permute
+from danlu.data.permutation import key_of, shuffled
 from danlu.data.settings import Side, Source
 from danlu.data.sources import read
 from danlu.data.split import BUCKETS, bucket
@@ -91,7 +91,7 @@ def _texts(name: str, rows: Iterator[Any], source: Source, reject: Callable[...,
     layout = detect(head, source.model_copy(update={"format": "text"}), name)
     for row in itertools.chain(head, rows):
         try:
-            text = _valid(layout.example(row).text)
+            text = valid(layout.example(row).text)
             if not text:
                 raise BadRow("empty", "there is no text")
         except BadRow as bad:
@@ -522,21 +522,6 @@ def _map(array: FlatArray) -> np.memmap:
 
 
 # --- Rows ---------------------------------------------------------------------------------------------------------
-
-
-def shuffled(draws: Ids, size: int, seed: int | None) -> tuple[Ids, Ids]:
-    """Draws, counted from 0 over all epochs -> the epoch of each and which of `size` rows it takes; both int64 [B].
-
-    Each epoch has every row once, in an order of its own; without a seed all have them as they stand.
-    """
-    epochs, places = np.divmod(draws, size)
-    if seed is None:
-        return epochs, places
-    rows = np.empty_like(places)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        rows[here] = permute(places[here], size, key_of(seed, int(epoch)))
-    return epochs, rows
 
 
 class Crops:

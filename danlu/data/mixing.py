@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from danlu.data.corpus import shuffled
-from danlu.data.stream import Batch, Rows, make_batch
+from danlu.data.permutation import shuffled
+from danlu.data.stream import Batch, Rows, make_batch, share_of
 from danlu.errors import DanluError
 
 LOOKED_AT = 4096  # rows whose lengths are found at a time
@@ -108,18 +108,12 @@ class MixtureStream:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        if batch_rows < 1 or batch_rows % world:
-            fix = f"use a multiple of {world}"
-            raise DanluError(f"{batch_rows} rows a step cannot be shared by {world} processes evenly", fix=fix)
-        if not 0 <= rank < world:
-            raise DanluError(f"rank {rank} is not one of {world} processes", fix=f"use 0 to {world - 1}")
+        self._mine = share_of(batch_rows, rank, world)
         given = {name: len(source) for name, source in sources.items()} if weights is None else dict(weights)
         _check(sources, given)
         self.sources, self.batch_rows = dict(sources), batch_rows
         self.turns = Turns([given[name] for name in self.sources])
         _check_sizes(self.sources, self.turns.shares, batch_rows)
-        share = batch_rows // world
-        self._mine = range(rank * share, (rank + 1) * share)
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 0: [batch_rows / world, window]."""

@@ -43,3 +43,20 @@ def permute(places: npt.NDArray[np.int64], size: int, key: int) -> npt.NDArray[n
         found[walking] = (left << half) | right
         walking = walking[found[walking] >= size]
     return found.astype(np.int64)
+
+
+def shuffled(
+    draws: npt.NDArray[np.int64], size: int, seed: int | None
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Draws, counted from 0 over all epochs -> the epoch of each and which of `size` rows it takes; both int64 [B].
+
+    Each epoch has every row once, in an order of its own; without a seed all have them as they stand.
+    """
+    epochs, places = np.divmod(draws, size)
+    if seed is None:
+        return epochs, places
+    rows = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        rows[here] = permute(places[here], size, key_of(seed, int(epoch)))
+    return epochs, rows

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from danlu.data.batch import RowBatch
-from danlu.data.permutation import key_of, permute
+from danlu.data.permutation import shuffled
 from danlu.errors import DanluError
 
 IGNORED = -100  # the target of a token that is not learned, as in torch's cross-entropy
@@ -108,14 +108,8 @@ class Stream:
     def __init__(self, rows: Rows, batch_rows: int, seed: int, rank: int = 0, world: int = 1) -> None:
         if not len(rows):
             raise DanluError("there are no rows to draw from")
-        if batch_rows < 1 or batch_rows % world:
-            fix = f"use a multiple of {world}"
-            raise DanluError(f"{batch_rows} rows a step cannot be shared by {world} processes evenly", fix=fix)
-        if not 0 <= rank < world:
-            raise DanluError(f"rank {rank} is not one of {world} processes", fix=f"use 0 to {world - 1}")
         self.rows, self.batch_rows, self.seed = rows, batch_rows, seed
-        share = batch_rows // world
-        self._mine = np.arange(rank * share, (rank + 1) * share, dtype=np.int64)
+        self._mine = np.array(share_of(batch_rows, rank, world), dtype=np.int64)
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, counted from 0: [batch_rows / world, window]."""
@@ -123,12 +117,18 @@ class Stream:
 
     def indices(self, step: int) -> npt.NDArray[np.int64]:
         """The numbers of the rows in this rank's batch of a step, int64 [batch_rows / world]."""
-        epochs, places = np.divmod(step * self.batch_rows + self._mine, len(self.rows))
-        found = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            found[here] = permute(places[here], len(self.rows), key_of(self.seed, int(epoch)))
-        return found
+        return shuffled(step * self.batch_rows + self._mine, len(self.rows), self.seed)[1]
+
+
+def share_of(batch_rows: int, rank: int, world: int) -> range:
+    """Which rows of a batch a process reads. Raises DanluError where they cannot be shared out evenly."""
+    if batch_rows < 1 or batch_rows % world:
+        fix = f"use a multiple of {world}"
+        raise DanluError(f"{batch_rows} rows a step cannot be shared by {world} processes evenly", fix=fix)
+    if not 0 <= rank < world:
+        raise DanluError(f"rank {rank} is not one of {world} processes", fix=f"use 0 to {world - 1}")
+    share = batch_rows // world
+    return range(rank * share, (rank + 1) * share)
 
 
 def _map(path: Path) -> np.memmap:

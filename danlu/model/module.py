@@ -22,7 +22,8 @@ def save_weights(model: nn.Module, file: Path) -> None:
     aside = file.with_name(f".{file.name}.{os.getpid()}.aside")
     try:
         # A copy of each: safetensors refuses tensors that share memory, as tied weights do.
-        save_file({name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}, aside)
+        copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+        save_file(copies, aside)
         sync(aside)
         aside.replace(file)
     except (OSError, SafetensorError) as error:

@@ -43,9 +43,6 @@ class Plan(Settings):
         "1f1b", description="the order of a pipeline's work"
     )
     stages: int = Field(1, ge=1, description="groups of layers a process holds (interleaved pipelines)")
-    overlap: bool = Field(
-        False, description="compute two halves of a micro-batch in turn, so that one computes while the other is sent"
-    )
 
     @model_validator(mode="after")
     def _belongs_together(self) -> Plan:
@@ -164,8 +161,6 @@ def _rows(plan: Plan, work: Work) -> Iterator[str]:
         yield f"{work.rows} rows a step cannot be shared by data x expert x shard = {plan.readers}"
     elif share % plan.micro_batches:
         yield f"{share} rows of a process cannot be cut into micro_batches={plan.micro_batches}"
-    elif plan.overlap and (share // plan.micro_batches) % 2:
-        yield f"overlap halves a micro-batch, which has {share // plan.micro_batches} rows"
 
 
 def _stack(plan: Plan, config: ModelConfig, length: int) -> Iterator[str]:
@@ -239,8 +234,8 @@ def _variants(plan: Plan, degrees: dict[str, int]) -> Iterator[Plan]:
     if degrees["pipeline"] == 1:
         kept |= {"schedule": "1f1b", "stages": 1}
     plainer: tuple[dict[str, Any], ...] = (
-        {}, {"micro_batches": 1, "overlap": False}, {"sequence": False},
-        {"micro_batches": 1, "overlap": False, "sequence": False, "schedule": "1f1b", "stages": 1},
+        {}, {"micro_batches": 1}, {"sequence": False},
+        {"micro_batches": 1, "sequence": False, "schedule": "1f1b", "stages": 1},
     )  # fmt: skip
     for change in plainer:
         yield Plan.model_validate(kept | change)

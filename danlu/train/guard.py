@@ -52,6 +52,13 @@ class Guard:
         if self._file is not None and self._file.exists():
             self.left_out = set(json.loads(self._file.read_text(encoding="utf-8"))["steps"])
 
+    @property
+    def goes_back(self) -> bool:
+        """Whether a wrong step can lead back to a checkpoint."""
+        return self.settings.nonfinite == "back" or (
+            self.settings.spike is not None and self.settings.on_spike == "back"
+        )
+
     def judge(self, loss: float, norm: float) -> tuple[Action, str]:
         """What to do with a step of this loss and gradient norm, and why, in words."""
         action, why = self._look(loss, norm)

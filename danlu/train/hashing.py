@@ -1,4 +1,4 @@
-"""A hash of what a step learns from, the same however many processes read it."""
+"""What a step learns from: a hash of it, the same however many processes read it, and whether it is numbers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from danlu.errors import DanluError
 from danlu.train.mesh import Mesh
 
 
@@ -30,6 +31,15 @@ def hash_batch(mesh: Mesh, batch: Any) -> str:
     return hashlib.blake2b(rows.numpy().tobytes(), digest_size=8).hexdigest()
 
 
+def check_numbers(batch: Any, step: int) -> None:
+    """Raise DanluError, naming field and row, where a batch holds what is no finite number."""
+    for name, value in _named(batch).items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            row = int((~value.isfinite()).flatten(1 if value.dim() > 1 else 0).nonzero()[0, 0])
+            what = f"step {step + 1}: {name} of row {row} in this process's batch holds NaN or infinity"
+            raise DanluError(what, where="data", fix="clean the data, or leave such rows out")
+
+
 def _row_hashes(batch: Any) -> np.ndarray:
     """int64 [rows]."""
     tensors = _tensors(batch)
@@ -46,7 +56,10 @@ def _row_hashes(batch: Any) -> np.ndarray:
 def _tensors(batch: Any) -> list[Tensor]:
     if isinstance(getattr(batch, "tokens", None), Tensor):
         return [batch.tokens]
-    if not is_dataclass(batch):
-        return [value for value in vars(batch).values() if isinstance(value, Tensor) and value.dim()]
-    values = (getattr(batch, field.name) for field in fields(batch))
-    return [value for value in values if isinstance(value, Tensor) and value.dim()]
+    return list(_named(batch).values())
+
+
+def _named(batch: Any) -> dict[str, Tensor]:
+    """The tensors of a batch that have rows, by the names of their fields."""
+    held = {field.name: getattr(batch, field.name) for field in fields(batch)} if is_dataclass(batch) else vars(batch)
+    return {name: value for name, value in held.items() if isinstance(value, Tensor) and value.dim()}

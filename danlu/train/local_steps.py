@@ -48,6 +48,7 @@ class LocalSteps:
         optimizer: of the weights to share; its masters lie in memory.
         settings: what `terms` names must be the same for all workers.
         worker: this one's name. Whoever starts again under it goes on where its checkpoint stands.
+        stopping: polled while waiting for others; where it says yes, the wait is over as if at the deadline.
 
     Raises DanluError where another process works under this name, or the directory is of another model or other terms.
 
@@ -57,10 +58,16 @@ class LocalSteps:
         steps: int64 scalar, steps since the last exchange.
     """
 
-    def __init__(self, optimizer: Optimizer, settings: LocalSettings, worker: str) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        settings: LocalSettings,
+        worker: str,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
         if not re.fullmatch(r"\w[\w-]*", worker, re.ASCII):
             raise DanluError(f"{worker!r} is no name for a worker", fix="use letters, digits, - and _")
-        self.optimizer, self.settings, self.worker = optimizer, settings, worker
+        self.optimizer, self.settings, self.worker, self.stopping = optimizer, settings, worker, stopping
         self.workers = settings.home / "workers"
         self.round, self.number, self.steps = (torch.zeros((), dtype=torch.int64) for _ in range(3))
         self.starts = {name: part.clone() for name, part in self._weights().items()}
@@ -201,13 +208,16 @@ class LocalSteps:
 
     def _standing(self) -> tuple[int, bool]:
         """The round to go on from as far as is known, and whether this delivery was made before."""
+        here, newest = int(self.round), self.ledger.newest()
+        if newest is None or newest < here:
+            what = f"has no round {here}, from which worker {self.worker} goes on"
+            raise DanluError(what, where=self.settings.home, fix="use the home of the run that wrote the checkpoint")
         notes, next_ = self.ledger.notes(), int(self.number) + 1
-        newest = notes.starts[next_] if len(notes.starts) > next_ else self.ledger.newest()
-        assert newest is not None
         delivered = bool(notes.delivered) and notes.delivered[-1].number >= int(self.number)
         if delivered:
             say(f"worker {self.worker}: delivery {int(self.number)} was made before and stands as it was")
-        return newest, delivered
+        known = notes.starts[next_] if len(notes.starts) > next_ else newest
+        return known if known > here else newest, delivered
 
     def _finite(self) -> None:
         for name, part in self._weights().items():
@@ -253,7 +263,12 @@ class LocalSteps:
         """Wait until there is a later round than this worker's, or make it if that falls to it; returns the newest."""
         began = time.monotonic()
         while (due := self._first(partial(self._until_due, began))) is not None:
-            self._make([Delivery(**about) for about in due])
+            try:
+                self._make([Delivery(**about) for about in due])
+            except DanluError:
+                # Who is stopped here for long finds the files gone, and that others have made the round.
+                if self._first(lambda: self.ledger.newest()) == int(self.round):
+                    raise
         return int(self._first(lambda: self.ledger.newest()))
 
     def _until_due(self, began: float) -> list[dict[str, Any]] | None:
@@ -263,7 +278,10 @@ class LocalSteps:
             self.roster.beat()
             pool = self.ledger.pool(here)
             complete = self.roster.live() <= {delivery.worker for delivery in pool}
-            if time.monotonic() - began >= self.settings.deadline or (complete and self.ledger.claim(here + 1)):
+            if here == 0:
+                complete &= self.roster.joined() >= self.settings.workers
+            over = self.stopping() or time.monotonic() - began >= self.settings.deadline
+            if over or (complete and self.ledger.claim(here + 1)):
                 return [delivery.model_dump() for delivery in pool]
             time.sleep(POLL)
         return None
@@ -335,9 +353,8 @@ class LocalSteps:
             earlier = self.ledger.round(number - 1).through
             made = made.model_copy(update={"through": earlier | made.through})
         if self.ledger.publish(number, made) and number:
-            say(
-                f"worker {self.worker}: made round {number} of {', '.join(map(_spell(number), made.counted)) or 'none'}"
-            )
+            of = ", ".join(map(_spell(number), made.counted)) or "nothing"
+            say(f"worker {self.worker}: made round {number} of {of}")
 
     def _open_round(self, number: int) -> Saved:
         """Raises DanluError where its tensors are damaged or no longer kept."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,9 +17,9 @@ from danlu.console import progress, say
 from danlu.errors import DanluError
 from danlu.train.ema import Average
 from danlu.train.guard import Action, Guard
-from danlu.train.hashing import hash_batch
+from danlu.train.hashing import check_numbers, hash_batch
 from danlu.train.mesh import Mesh
-from danlu.train.optimizer import Optimizer, clip
+from danlu.train.optimizer import clip
 from danlu.train.replica import Replica
 from danlu.train.state import Checkpoints
 from danlu.train.watch import Record, Watch, memory_in_use
@@ -63,12 +63,24 @@ class Memory(Batches, Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """All that `batch` and `advance` depend on, as tensors that share storage."""
+        """All that `batch` and `advance` depend on, as tensors of fixed shapes; a resumed run fills them in place."""
         ...
 
-    def load(self, saved: Mapping[str, Tensor]) -> None:
-        """Take up where `state` left off."""
-        ...
+
+class Updates(Protocol):
+    """What updates weights: an `Optimizer`, or what stands in for one, as `danlu.train.local_steps.LocalSteps` does."""
+
+    masters: dict[str, Tensor]
+
+    def gradients(self) -> dict[str, Tensor]: ...
+
+    def step(self, learning_rate: float) -> None: ...
+
+    def zero(self) -> None: ...
+
+    def refresh(self) -> None: ...
+
+    def state(self) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,7 @@ class Turn:
         average: of the optimizer's weights, kept up to date, or None.
     """
 
-    optimizer: Optimizer
+    optimizer: Updates
     rate: Callable[[int], float]
     clip: float | None = None
     average: Average | None = None
@@ -209,11 +221,19 @@ def train(run: Run) -> Done:
     settings say stop.
     """
     noted = Progress()
+    if run.guard.goes_back and not run.checkpoints.steps():
+        _save(run, 0, noted, None)  # something to go back to
     while True:
         done = _resume(run, noted)
         try:
             return _go_on(run, done, noted)
+        except DanluError:
+            with suppress(DanluError):  # what is being written gets whole
+                run.checkpoints.wait()
+            raise
         except _Back as back:
+            for turn in run.turns:
+                turn.optimizer.zero()
             run.guard.leave_out(back.step, write=run.mesh.rank == 0)
             say(f"{run.label}: {back}; going back to the last checkpoint, and on without that batch")
 
@@ -306,6 +326,7 @@ def _step(run: Run, step: int) -> tuple[Record, bool]:
         if hasattr(run.stream, "advance"):
             run.stream.advance(step)
         batch = run.stream.batch(step)
+        check_numbers(batch, step)
         here = batch.to(run.mesh.device) if run.mesh.device.type != "cpu" else batch
     with clock.phase("communication"):
         own = torch.tensor([batch.count, batch.size, float(run.stopping())], dtype=torch.float64)

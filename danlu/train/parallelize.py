@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from danlu.model.mixture import BankFeedForward
 from danlu.model.transformer import Block, Decoder, Encoder, Stack
@@ -47,12 +47,13 @@ def split(model: nn.Module, mesh: Mesh, length: int) -> list[nn.Module]:
     return parts
 
 
-def shard(root: nn.Module, mesh: Mesh, dtype: torch.dtype) -> None:
+def shard(root: nn.Module, mesh: Mesh, dtype: torch.dtype, offload: OffloadPolicy | None = None) -> None:
     """Lay the weights of a module out over the processes that share rows, as FSDP2 does (arXiv:2304.11277).
 
     Args:
         root: what is called once a micro-batch; blocks and experts inside it are gathered one by one.
         dtype: what is computed in. Weights are kept, and gradients summed, in fp32.
+        offload: where weights, gradients and moments rest, if not where they are used.
     """
     over, over_experts = mesh.sharding(), mesh.sharding(experts=True)
     if over is None:
@@ -60,6 +61,7 @@ def shard(root: nn.Module, mesh: Mesh, dtype: torch.dtype) -> None:
     options: dict[str, Any] = {
         "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         "reshard_after_forward": mesh.plan.zero == 3,
+        "offload_policy": offload or OffloadPolicy(),
     }
     alone: set[nn.Parameter] = set()
     for module in reversed(list(root.modules())):

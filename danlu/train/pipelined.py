@@ -16,13 +16,20 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
+from danlu.errors import DanluError
 from danlu.model.costs import costs_by_layer
 from danlu.model.embedding import Received, TextEmbedding
 from danlu.model.transformer import Decoder, Encoder
 from danlu.plan.plan import Plan
 from danlu.plan.stages import cut
 
+ZERO_BUBBLE = (2, 13)  # the first torch whose zero-bubble schedules run; 2.11's lose the graph between the two passes
 TIED = "embedding.tokens.weight"  # held by the first and the last stage where the head shares it
+
+
+def can_zero_bubble() -> bool:
+    """Whether this torch runs zero-bubble pipelines."""
+    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= ZERO_BUBBLE
 
 
 def stages_of(plan: Plan, rank: int) -> list[int]:
@@ -101,6 +108,9 @@ def make_schedule(
             its loss, fp64 [1].
         between: on the meta device, like the hidden states of a micro-batch between two stages.
     """
+    if plan.schedule == "zero-bubble" and not can_zero_bubble():
+        fix = f"use torch {'.'.join(map(str, ZERO_BUBBLE))} or newer, or schedule=interleaved,stages=2"
+        raise DanluError(f"torch {torch.__version__} cannot run zero-bubble pipelines", where="plan", fix=fix)
     made = []
     for number, module in stages.items():
         last = number == plan.all_stages - 1

@@ -13,6 +13,7 @@ from danlu.plan.plan import Plan
 from danlu.settings import Settings, Share
 from danlu.train.guard import GuardSettings
 from danlu.train.launch import LaunchSettings
+from danlu.train.offloading.offload import OffloadSettings
 from danlu.train.optimizing.settings import OptimizerSettings, ScheduleSettings
 from danlu.train.recompute import Recompute
 
@@ -120,6 +121,7 @@ class TrainRecipe(Settings):
     recompute: Recompute = Field(
         "none", description="activations computed again in the backward pass: none, all but the dear ones, or full"
     )
+    offload: OffloadSettings = Field(OffloadSettings(), description="what lies outside of memory")
     plan: Plan | None = Field(
         None, description="how the work is split; by default every process has a copy and its own rows (data)"
     )
@@ -135,4 +137,6 @@ class TrainRecipe(Settings):
 
     def beside(self, folder: Path) -> TrainRecipe:
         """The same recipe with relative file paths starting at `folder`."""
-        return self.model_copy(update={"data": self.data.beside(folder)})
+        away = self.offload.folder
+        offload = self.offload.model_copy(update={"folder": None if away is None else folder / away})
+        return self.model_copy(update={"data": self.data.beside(folder), "offload": offload})

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
+from danlu.errors import DanluError
 from danlu.model.transformer import Block
 from danlu.train.learner import Learner, StageLearner
 from danlu.train.mesh import Mesh
@@ -35,6 +36,7 @@ class Replica:
         rows, length: of the batch that this process gets in a step, before rows are cut; for models of a family.
         dtype: what is computed in, where weights are laid out over processes.
         recompute: what the backward pass computes again.
+        offload: see `danlu.train.parallelize.shard`.
         batch: the class of batches, for a pipeline.
     """
 
@@ -49,10 +51,14 @@ class Replica:
         dtype: torch.dtype = torch.float32,
         recompute: Recompute = "none",
         batch: type | None = None,
+        offload: OffloadPolicy | None = None,
     ) -> None:
         mesh = mesh or Mesh()
         self.mesh, self.plan, self.clock = mesh, mesh.plan, Clock()
         width = getattr(getattr(model, "config", None), "width", 0)
+        if recompute == "selective" and self.plan.schedule == "zero-bubble":
+            what = "a zero-bubble pipeline goes backward twice; selective recomputing keeps nothing for the second time"
+            raise DanluError(what, where="recompute", fix="set recompute to full or none")
         parts = split(model, mesh, length)
         recompute_blocks([inner for part in parts for inner in part.modules() if isinstance(inner, Block)], recompute)
         self.learners: list[Learner | StageLearner] = []
@@ -68,7 +74,7 @@ class Replica:
             pairs = zip(self.stages, parts, strict=True)
             self.learners = [StageLearner(part, objective, stage == last, batch) for stage, part in pairs]
         for learner in self.learners:
-            shard(learner, mesh, dtype)
+            shard(learner, mesh, dtype, offload)
         if self.plan.pipeline > 1:
             tokens = length // self.plan.context // (self.plan.tensor if self.plan.sequence else 1)
             shape = (rows // self.plan.micro_batches, tokens, width)

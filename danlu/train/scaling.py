@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from danlu.errors import DanluError
 from danlu.settings import Settings
+from danlu.train.optimizing.parts import local
 
 
 class ScalingSettings(Settings):
@@ -45,7 +46,7 @@ class LossScale:
         """
         factor = float(self.factor)
         if math.isfinite(norm) and gradients:
-            torch._foreach_mul_(list(gradients.values()), 1 / factor)
+            torch._foreach_mul_([local(gradient) for gradient in gradients.values()], 1 / factor)
         return norm / factor
 
     @torch.no_grad()

@@ -129,7 +129,7 @@ def distribute(model: nn.Module, tensor: DeviceMesh | None, experts: DeviceMesh 
             mesh = tensor
             if experts is not None and id(module) in banks:
                 mesh, placements = experts, [Shard(0), *placements]
-            if mesh is not None:
+            if mesh is not None and weight.dim():  # a temperature is the same everywhere, and its gradient too
                 module._parameters[key] = _cut(weight, mesh, placements)
 
 
@@ -155,7 +155,6 @@ def split_model(model: Model, mesh: DeviceMesh, sequence: bool) -> None:
     if isinstance(model, EncoderPair):
         for tower in (model.text, model.image):
             _split_tower(tower, mesh, sequence)
-        compute_locally(model, [Weight(model, "logit_scale", summed=False)])
     elif isinstance(model, EncoderDecoder):
         stream = _stream(mesh, sequence)
         _split_embedding(model.embedding, stream)

@@ -37,7 +37,7 @@ from danlu.train.guard import Guard
 from danlu.train.loop import Done, Run, Turn, Validation, train
 from danlu.train.mesh import Mesh, make_mesh
 from danlu.train.objective import Words
-from danlu.train.optimizer import Optimizer
+from danlu.train.offloading.offload import Offload
 from danlu.train.precision import choose_precision, gemm_rate
 from danlu.train.rank import Rank
 from danlu.train.recipe import TrainRecipe
@@ -181,27 +181,33 @@ def make_run(
     steps: int,
 ) -> Run:
     """Everything that the run is made of, on this process."""
-    model = load_model(settings, config, mesh.device)
     optimizing = settings.optimizer
-    multipliers = mup_multipliers(model, optimizing.mup_base_width) if optimizing.mup_base_width else None
-    trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
-    groups = group_weights(trainable, optimizing, multipliers)
-    flops = _flops(model, settings.batch.window)
-    kind = settings.objective.kind
-    replica = Replica(
-        model,
-        [Words(settings.objective.smoothing, settings.objective.z)],
-        mesh,
-        rows=settings.batch.rows // mesh.plan.readers,
-        length=settings.batch.window,
-        dtype=dtype,
-        recompute=settings.recompute,
-        batch=PairBatch if kind == "spans" else Batch,
-    )
-    masters, copies = masters_and_copies(replica, dtype)
-    optimizer = Optimizer(masters, copies, optimizing, {name: groups[name] for name in masters})
+    offload = Offload.start(settings.offload, home / "offload", mesh.device)
+    with offload.making_weights():
+        model = load_model(settings, config, mesh.device)
+        multipliers = mup_multipliers(model, optimizing.mup_base_width) if optimizing.mup_base_width else None
+        trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        groups = group_weights(trainable, optimizing, multipliers)
+        flops = _flops(model, settings.batch.window)
+        replica = Replica(
+            model,
+            [Words(settings.objective.smoothing, settings.objective.z)],
+            mesh,
+            rows=settings.batch.rows // mesh.plan.readers,
+            length=settings.batch.window,
+            dtype=dtype,
+            recompute=settings.recompute,
+            batch=PairBatch if settings.objective.kind == "spans" else Batch,
+            offload=offload.policy(),
+        )
+        masters, copies = masters_and_copies(replica, dtype)
+    own_groups = {name: groups[name] for name in masters}
+    optimizer = offload.make_optimizer(masters, copies, optimizing, own_groups)
     schedule = Schedule(settings.schedule, optimizing.learning_rate, settings.steps)
-    average = Average(optimizer, optimizing.ema, optimizing.ema_warmup) if optimizing.ema else None
+    with offload.making_state():
+        average = Average(optimizer, optimizing.ema, optimizing.ema_warmup) if optimizing.ema else None
+    for part in replica.models:
+        offload.follow(part)
     return Run(
         replica,
         [Turn(optimizer, schedule.rate, optimizing.clip, average)],
@@ -212,7 +218,8 @@ def make_run(
             home / CHECKPOINTS,
             settings.checkpoints.last,
             settings.checkpoints.best,
-            background=settings.checkpoints.background,
+            # A copy in memory to write from would undo what was moved away.
+            background=settings.checkpoints.background and settings.offload.state == "none",
         ),
         checkpoint_steps=settings.checkpoints.every,
         out=home,

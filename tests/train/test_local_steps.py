@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,7 +40,6 @@ from danlu.train.replica import Replica
 from danlu.train.state import Checkpoints
 from tests.train.ranks import run_ranks
 
-DATA = Path(os.environ.get("DANLU_DATA", "../shared/data"))
 PATIENT = 60.0  # a deadline that no test reaches
 
 
@@ -141,12 +141,12 @@ def test_the_outer_step_is_torchs_nesterov_on_the_mean_of_what_was_learned(tmp_p
 
 
 def test_what_comes_late_counts_less_and_nobody_waits_for_it(tmp_path: Path) -> None:
-    chosen = settings(tmp_path, outer_learning_rate=1.0, outer_momentum=0.0, deadline=0.5, staleness_power=1.0)
+    chosen = settings(tmp_path, outer_learning_rate=1.0, outer_momentum=0.0, deadline=1.5, staleness_power=1.0)
     quick, slow = Apprentice(chosen, "a"), Apprentice(chosen, "b", rows=1)
     before = quick.weights()
     began = time.monotonic()
     quick.learn(3)
-    assert 0.4 < time.monotonic() - began < 2  # b is waited for, until the deadline
+    assert 1.4 < time.monotonic() - began < 5  # b is waited for, until the deadline
     first = quick.weights()
     slow.learn(2)
     learned = slow.weights()
@@ -159,7 +159,7 @@ def test_what_comes_late_counts_less_and_nobody_waits_for_it(tmp_path: Path) -> 
     twin2 = quick.weights()
     began = time.monotonic()
     quick.learn(1)
-    assert time.monotonic() - began < 0.4  # b has delivered
+    assert time.monotonic() - began < 1.2  # b has delivered
     assert [shares(made) for made in rounds(tmp_path)] == [[], [("a", 0, 1.0)], [("a", 1, 1.0), ("b", 0, 0.5)]]
     own = Apprentice(settings(tmp_path / "own", local_steps=99), "a")
     own.optimizer.optimizer.load(quick.optimizer.optimizer.state())
@@ -227,6 +227,48 @@ def test_who_leaves_is_not_waited_for_and_may_come_back(tmp_path: Path) -> None:
     assert late == [("b", 1, 3**-0.5)]  # it went on from round 1, and the others were at round 3
 
 
+def test_the_first_round_waits_for_those_who_are_expected(tmp_path: Path) -> None:
+    expected = settings(tmp_path, workers=2)
+
+    def later() -> None:
+        time.sleep(0.5)
+        Apprentice(expected, "b", rows=1).learn(3)
+
+    together(lambda: Apprentice(expected, "a").learn(3), later)
+    assert [share[0] for share in shares(rounds(tmp_path)[1])] == ["a", "b"]
+
+
+def test_who_is_asked_to_stop_waits_no_longer(tmp_path: Path) -> None:
+    one, other = Apprentice(settings(tmp_path), "a"), Apprentice(settings(tmp_path), "b", rows=1)
+    began = time.monotonic()
+    one.optimizer.stopping = lambda: time.monotonic() - began > 0.5
+    one.learn(3)
+    assert 0.4 < time.monotonic() - began < PATIENT / 4
+    assert [shares(made) for made in rounds(tmp_path)] == [[], [("a", 0, 1.0)]]
+    other.learn(3)
+    assert int(other.optimizer.round) == 1
+
+
+def test_a_round_that_others_made_meanwhile_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A worker is stopped while it makes a round, for so long that what it reads is gone when it goes on."""
+    chosen = settings(tmp_path, deadline=0.2, local_steps=1)
+    slow, quick = Apprentice(chosen, "a"), Apprentice(chosen, "b", rows=1)
+    make = slow.optimizer._make
+
+    def stopped(pool: list[Delivery]) -> None:
+        with torch.enable_grad():
+            quick.learn(6)
+        quick.optimizer.stopping = lambda: True
+        make(pool)
+
+    monkeypatch.setattr(slow.optimizer, "_make", stopped)
+    slow.learn(1)
+    assert int(slow.optimizer.round) == 6 and same(slow.weights(), shared(tmp_path))
+    assert len(rounds(tmp_path)) == 7
+
+
 def test_who_joins_starts_from_the_newest_weights(tmp_path: Path) -> None:
     one = Apprentice(settings(tmp_path), "a")
     one.learn(6)
@@ -252,14 +294,18 @@ def test_rounding_is_made_up_for_later(tmp_path: Path) -> None:
     ends = []
     for chosen in (plain, rounded):
         one = Apprentice(chosen, "a", rule="sgd")
-        for _ in range(60):
+        for _ in range(16):
             for weight in one.model.parameters():
                 weight.grad = torch.full_like(weight, 0.7531)
             one.optimizer.step(0.013)
         ends.append(one)
-    apart = max(float((x - y).abs().max()) for x, y in zip(ends[0].weights().values(), ends[1].weights().values()))
+    apart = max(
+        float((x - y).abs().max()) for x, y in zip(ends[0].weights().values(), ends[1].weights().values(), strict=True)
+    )
     step = 0.7531 * 0.013
-    assert apart < 2 * step * 2**-8  # without what is owed: 60 roundings of up to step * 2**-9, all the same way
+    assert apart < step * 2**-8  # one rounding
+    lost = abs(float(torch.tensor(step).bfloat16()) - step)
+    assert 16 * lost > 2 * step * 2**-8  # what would be lost if each were for good
     bytes_of = [max(file.stat().st_size for file in one.optimizer.given.home.rglob("part-*")) for one in ends]
     assert bytes_of[1] < bytes_of[0]
 
@@ -299,13 +345,25 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(DanluError, match=message):
             LocalSteps(
-                Optimizer(*masters_of(changed, torch.float32), OptimizerSettings()), settings(tmp_path), f"x{id(changed)}"
+                Optimizer(*masters_of(changed, torch.float32), OptimizerSettings()),
+                settings(tmp_path),
+                f"x{id(changed)}",
             )
+    one.learn(1)
     with torch.no_grad():
         one.model[0].weight[1, 2] = float("nan")
     with pytest.raises(DanluError, match=r"0\.weight: worker a has weights that are no numbers"):
         one.optimizer.finish()
     assert len(rounds(tmp_path)) == 1
+
+
+def test_a_checkpoint_from_another_home_is_refused(tmp_path: Path) -> None:
+    one = Apprentice(settings(tmp_path / "one"), "a")
+    one.learn(6)
+    other = Apprentice(settings(tmp_path / "other"), "a")
+    other.optimizer.load(one.optimizer.state())
+    with pytest.raises(DanluError, match="other: has no round 2, from which worker a goes on"):
+        other.learn(3)
 
 
 def test_damaged_shared_weights_end_a_worker(tmp_path: Path) -> None:
@@ -395,7 +453,7 @@ def learner(rows: Rows, seed: int, rank: int, world: int, batch: int) -> tuple[D
 def run_of(model: Decoder, stream: Stream, optimizer: Any, out: Path, steps: int, **more: Any) -> Run:
     return Run(
         Replica(model, [next_token]),
-        [Turn(optimizer, lambda step: 3e-3 * min(1.0, (step + 1) / 20), clip=1.0)],
+        [Turn(optimizer, lambda step: 3e-3 * min(1.0, (step + 1) / 20) * (1 - 0.9 * step / steps), clip=1.0)],
         stream,
         steps=steps,
         seed=2,
@@ -421,9 +479,18 @@ def apart(
         if phase == "data":
             time.sleep(pause)
 
+    waits = []
+
+    def timed(began: float) -> Any:
+        due = wait(began)
+        waits.append(time.monotonic() - began)
+        return due
+
     with LocalSteps(adam(model), chosen, out.name) as optimizer:
+        wait, optimizer._until_due = optimizer._until_due, timed  # type: ignore[method-assign]
         train(run_of(model, stream, optimizer, out, steps, alive=alive))
         optimizer.finish()
+    (out / "waits.json").write_text(json.dumps(waits))
     return {name: weight.detach().clone() for name, weight in model.named_parameters()}
 
 
@@ -461,37 +528,42 @@ def test_bf16_copies_follow_the_shared_masters(tmp_path: Path) -> None:
 class Team:
     """Workers in processes of their own, to be stopped and killed."""
 
-    def __init__(self, home: Path) -> None:
-        self.home = home
+    def __init__(self, home: Path, timeout: float = 100) -> None:
+        self.home, self.timeout = home, timeout
         self.pool = ThreadPoolExecutor(8)
         self.ended: dict[str, Future[list[Any]]] = {}
 
     def start(self, name: str, *args: Any) -> None:
         (self.home / name / "pid").unlink(missing_ok=True)
-        self.ended[name] = self.pool.submit(run_ranks, 1, apart, self.home / name, *args)
+        self.ended[name] = self.pool.submit(run_ranks, 1, apart, self.home / name, *args, timeout=self.timeout)
 
     def signal(self, name: str, number: signal.Signals) -> None:
+        while not (self.home / name / "pid").exists():
+            time.sleep(0.01)
         os.kill(int((self.home / name / "pid").read_text()), number)
+
+    def kill(self, name: str) -> None:
+        """Kill a worker, and wait until it is dead; where it had just ended, that is as well."""
+        self.signal(name, signal.SIGKILL)
+        with suppress(AssertionError):
+            self.result(name)
 
     def until(self, number: int, home: Path) -> None:
         """Wait for a round."""
-        until = time.monotonic() + 60
+        until = time.monotonic() + self.timeout
         while not (home / "rounds" / f"{number:08d}.json").exists():
             assert time.monotonic() < until, f"round {number} was not made"
-            for name, ended in self.ended.items():
-                if ended.done() and ended.exception() is not None and "died" not in str(ended.exception()):
-                    raise AssertionError(name) from ended.exception()
             time.sleep(0.01)
 
     def until_step(self, name: str, step: int) -> None:
         """Wait until a worker has done a step."""
-        until, file = time.monotonic() + 60, self.home / name / "metrics.jsonl"
+        until, file = time.monotonic() + self.timeout, self.home / name / "metrics.jsonl"
         while not file.exists() or file.read_bytes().count(b"\n") < step:
             assert time.monotonic() < until, f"{name} has not done step {step}"
             time.sleep(0.001)
 
     def result(self, name: str) -> dict[str, Tensor]:
-        [found] = self.ended[name].result(60)
+        [found] = self.ended[name].result(self.timeout)
         return cast(dict[str, Tensor], found)
 
 
@@ -505,35 +577,48 @@ def team(tmp_path: Path) -> Iterator[Team]:
     made.pool.shutdown()
 
 
-@pytest.mark.parametrize("compress", ["none", "bf16"])
-def test_a_killed_worker_goes_on_as_if_nothing_had_been(tmp_path: Path, team: Team, compress: str) -> None:
-    """Kills of either of two workers at several places, before and after exchanges and checkpoints."""
+def disturb(tmp_path: Path, team: Team, compress: str, steps: int, kills: list[tuple[str, int, float]]) -> None:
+    """Two workers left alone and two with kills (whom, after which round, seconds later) end with the same bits."""
     rows = synthetic(100, 1)
-    undisturbed = settings(tmp_path / "calm", local_steps=5, compress=compress)
-    calm = Team(tmp_path / "calm-runs")
+    calm = settings(tmp_path / "calm", workers=2, local_steps=5, compress=compress)
+    rough = calm.model_copy(update={"home": tmp_path / "rough"})
+    undisturbed = Team(tmp_path / "calm-runs")
     for place, name in enumerate("ab"):
-        calm.start(name, undisturbed, rows, place, 2, 8, 40)
-    wanted = [calm.result(name) for name in "ab"]
+        undisturbed.start(name, calm, rows, place, 2, 8, steps)
+    wanted = [undisturbed.result(name) for name in "ab"]
     assert same(*wanted)
-    calm.pool.shutdown()
-    home = tmp_path / "rough"
-    chosen = undisturbed.model_copy(update={"home": home})
+    undisturbed.pool.shutdown()
     for place, name in enumerate("ab"):
-        team.start(name, chosen, rows, place, 2, 8, 40, 0.01)
-    for number, (name, wait) in enumerate([("b", 0.0), ("a", 0.03), ("b", 0.05), ("a", 0.0)]):
-        team.until(2 * number + 1, home)
+        team.start(name, rough, rows, place, 2, 8, steps, 0.01)
+    for name, number, wait in kills:
+        team.until(number, rough.home)
         time.sleep(wait)
-        team.signal(name, signal.SIGKILL)
-        with pytest.raises(AssertionError, match="died"):
-            team.result(name)
-        team.start(name, chosen, rows, "ab".index(name), 2, 8, 40, 0.01)
+        team.kill(name)
+        team.start(name, rough, rows, "ab".index(name), 2, 8, steps, 0.01)
     assert all(same(team.result(name), wanted[0]) for name in "ab")
-    assert [shares(made) for made in rounds(home)] == [shares(made) for made in rounds(tmp_path / "calm")]
+    assert [shares(made) for made in rounds(rough.home)] == [shares(made) for made in rounds(calm.home)]
+
+
+@pytest.mark.parametrize(
+    ("compress", "kills"), [("none", [("b", 1, 0.0), ("a", 3, 0.05)]), ("bf16", [("a", 1, 0.03), ("b", 3, 0.0)])]
+)
+def test_a_killed_worker_goes_on_as_if_nothing_had_been(
+    tmp_path: Path, team: Team, compress: str, kills: list[tuple[str, int, float]]
+) -> None:
+    disturb(tmp_path, team, compress, 25, kills)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(4))
+def test_kills_at_any_moment_change_nothing(tmp_path: Path, team: Team, seed: int) -> None:
+    chance = np.random.default_rng(seed)
+    kills = [("ab"[chance.integers(2)], 1 + 2 * number, float(chance.uniform(0, 0.3))) for number in range(8)]
+    disturb(tmp_path, team, ["none", "bf16"][seed % 2], 100, kills)
 
 
 def test_workers_that_stop_die_and_join_hold_nobody_up(tmp_path: Path, team: Team) -> None:
     train_rows, rest, home = synthetic(1500, 1), synthetic(128, 2), tmp_path / "home"
-    chosen = settings(home, local_steps=10, deadline=1.0)
+    chosen = settings(home, workers=3, local_steps=10, deadline=1.0, outer_learning_rate=1.0, outer_momentum=0.3)
     for place, name in enumerate("abc"):
         team.start(name, chosen, train_rows, place, 4, 16, 120)
     team.until_step("b", 22)  # in the midst of its third stretch
@@ -546,7 +631,8 @@ def test_workers_that_stop_die_and_join_hold_nobody_up(tmp_path: Path, team: Tea
     team.signal("b", signal.SIGCONT)
     for name in "abd":
         team.result(name)
-    assert max(line["seconds"] for line in lines(team.home / "a")) < chosen.deadline + 1.5
+    waits = json.loads((team.home / "a" / "waits.json").read_text())
+    assert 0.2 < max(waits) < chosen.deadline + 1
     late = [one for made in rounds(home) for one in made.counted if one.delivery.worker == "b" and one.weight < 1]
     assert late, "b was never late"
     assert {one.delivery.worker for one in rounds(home)[-1].counted} <= set("abd")
@@ -554,8 +640,8 @@ def test_workers_that_stop_die_and_join_hold_nobody_up(tmp_path: Path, team: Tea
     train(run_of(model, stream, adam(model), tmp_path / "plain", 120, checkpoint_steps=120))
     plain = measured({name: weight.detach() for name, weight in model.named_parameters()}, rest)
     found = measured(shared(home), rest)
-    print(f"together {plain:.4f}, apart and disturbed {found:.4f} nat/token")
-    assert found < plain + 0.25
+    print(f"together {plain:.4f}, apart and disturbed {found:.4f} nat/token, longest wait {max(waits):.2f} s")
+    assert found < plain + 0.35
 
 
 # --- Workers of several processes -----------------------------------------------------------------------------------
@@ -585,7 +671,7 @@ def sharded(name: str, chosen: LocalSettings, place: int, plan: str) -> tuple[di
 def test_workers_may_have_different_plans(tmp_path: Path, plan: str) -> None:
     ends = []
     for home, plans in ((tmp_path / "alike", ("data=1", "data=1")), (tmp_path / "apart", ("data=1", plan))):
-        chosen = settings(home, local_steps=3)
+        chosen = settings(home, workers=2, local_steps=3)
         works = [
             lambda name=name, place=place, text=text, chosen=chosen: run_ranks(
                 make_world(text), sharded, name, chosen, place, text

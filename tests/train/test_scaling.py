@@ -10,9 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from danlu.data.stream import Batch
 from danlu.errors import DanluError
+from danlu.model.config import ModelConfig
+from danlu.model.transformer import Decoder
+from danlu.train.objective import next_token
+from danlu.train.optimizer import Optimizer, clip, masters_of, square_sum
+from danlu.train.optimizing.settings import OptimizerSettings
 from danlu.train.scaling import LossScale, ScalingSettings, _fits_float8, to_float8
 from danlu.train.state import Checkpoints
+
+CONFIG = ModelConfig(
+    vocab_size=64, context=16, width=32, layers=2, heads=4, kv_heads=2, head_width=8, feedforward_width=64, tied=True
+)
 
 
 @settings(deadline=None)
@@ -93,3 +103,38 @@ def test_float8_leaves_routers_and_odd_sizes_alone() -> None:
     assert _fits_float8(nn.Linear(64, 32), "blocks.0.feedforward.up")
     assert not _fits_float8(nn.Linear(64, 32), "blocks.0.feedforward.router")
     assert not _fits_float8(nn.Linear(64, 24), "blocks.0.feedforward.up")
+
+
+def test_fp16_follows_fp32() -> None:
+    """In fp16 with a factor that is too large at first, steps are skipped until it is not; then all is as in fp32."""
+    tokens = torch.randint(0, 64, (4, 17), generator=torch.Generator().manual_seed(0))
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(4, 16, dtype=torch.int32), torch.arange(16).expand(4, -1))
+
+    def learn(dtype: torch.dtype, steps: int) -> tuple[list[float], int]:
+        torch.manual_seed(1)
+        model = Decoder(CONFIG)
+        with torch.no_grad():
+            model.embedding.tokens.weight.mul_(0.02)
+        optimizer = Optimizer(*masters_of(model, dtype), OptimizerSettings())
+        scale, losses, skipped = LossScale(ScalingSettings(start=2.0**24 if dtype == torch.float16 else 1.0)), [], 0
+        while len(losses) < steps:
+            loss = next_token(model, batch)
+            (loss.sum / loss.count * scale.factor).backward()
+            gradients = optimizer.gradients()
+            norm = scale.unscale(gradients, float(square_sum(gradients).sqrt()))
+            overflow = not math.isfinite(norm)
+            if overflow:
+                skipped += 1
+            else:
+                losses.append(float(loss.sum.detach()) / loss.count)
+                clip(gradients, norm, 1.0)
+                optimizer.step(1e-2)
+            optimizer.zero()
+            scale.update(overflow)
+        return losses, skipped
+
+    wanted, _ = learn(torch.float32, 12)
+    found, skipped = learn(torch.float16, 12)
+    assert skipped > 0
+    assert wanted[-1] < 0.6 * wanted[0]
+    assert found == pytest.approx(wanted, rel=2e-2)

@@ -156,7 +156,7 @@ def test_sigterm_saves_and_ends_well(recipe: Path, tmp_path: Path) -> None:
     [
         (("--nproc", "2", "--plan", "tensor=3"), ["tensor 3 = 3 processes, but there are 2", "nearest plan that fits"]),
         (("--plan", "tensr=2"), ["tensr=2 is no part of a plan", "did you mean tensor?"]),
-        (("--set", "batch.rows=100000"), ["rows, as many as a step"]),
+        (("--set", "batch.rows=100000"), ["fewer than the 100,000 that a batch"]),
         (("--set", "model.architecture=Llama"), ["the architecture Llama is not known"]),
         (("--set", "optimizer.momentum=0.9"), ["momentum has no effect where name is adamw"]),
         (("--set", "data.heldout=0.9999"), ["fewer than a window"]),

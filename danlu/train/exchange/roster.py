@@ -45,6 +45,10 @@ class Roster:
         }
         return others | {self.worker}
 
+    def joined(self) -> int:
+        """How many have ever been here, as far as was seen when they were last looked for."""
+        return len(self._seen)
+
     def leave(self) -> None:
         """Say that nobody needs to wait for this worker any more."""
         self._write(GONE)

@@ -16,6 +16,9 @@ class LocalSettings(Settings):
     """How workers that train apart come together."""
 
     home: Path = Field(description="directory that all workers see, and through which they exchange weights")
+    workers: int = Field(
+        1, gt=0, description="workers that the first round waits for, up to the deadline; others may join at any time"
+    )
     local_steps: int = Field(
         500, gt=0, description="steps between two exchanges; a slow worker may make fewer than the others"
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from danlu.train.offloading.files import SMALLEST, Files, release
+from danlu.train.offloading.files import Files, release
 
 
 def read_ahead(model: nn.Module, blocks: Sequence[nn.Module], files: Files) -> None:
@@ -68,8 +68,8 @@ def _saving(
     weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
 
     def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
-        stays = tensor.nbytes < SMALLEST or tensor.untyped_storage().data_ptr() in weights
-        return tensor.device, tensor if stays else away(tensor)
+        mine = tensor.untyped_storage().data_ptr() in weights
+        return tensor.device, tensor if mine else away(tensor)
 
     def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
         device, tensor = packed

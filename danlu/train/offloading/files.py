@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import platform
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,11 +29,17 @@ from danlu.errors import DanluError
 from danlu.train.optimizing.parts import local
 
 SMALLEST = 2**16  # bytes of a tensor that gets a file; a mapping is made of pages, and their number is limited
+M_MMAP_THRESHOLD = -3  # mallopt(3)'s name for it, glibc's
+APART = 2**17  # bytes of an allocation that goes back to the system when it is freed; glibc's own value to start with
 IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")  # file systems that have no disk behind them
+
+_LIBC = ctypes.CDLL(None)
 
 
 class Files:
-    """Where tensors are put that are to take no memory.
+    """Where tensors are put that are to take no memory, on Linux.
+
+    From the first of them on, memory that is freed goes back to the system, so `kept_memory` is not for such a run.
 
     Args:
         folder: on a disk, made where it is missing; the faster, the better.
@@ -51,6 +58,7 @@ class Files:
         if kind in IN_MEMORY:
             fix = "choose a folder on a disk"
             raise DanluError(f"is {kind}, which lies in memory: nothing is saved by it", where=folder, fix=fix)
+        _give_back()
 
     def new(self, size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor of zeros in a file, whose room on the disk is its own from now on.
@@ -73,9 +81,7 @@ class Files:
 
     @torch.no_grad()
     def move(self, tensor: Tensor) -> Tensor:
-        """A tensor's values in a file, strided alike; the tensor itself where it lies in one, or is small or no tensor
-        of its own (see `SMALLEST`).
-        """
+        """A tensor's values in a file, strided alike; the tensor itself where it lies in one already, or is small."""
         if tensor.nbytes < SMALLEST or in_file(tensor):
             return tensor
         like = torch.empty_like(tensor, device="meta")
@@ -143,7 +149,14 @@ def _advise(storage: torch.UntypedStorage, advice: int) -> None:
     _LIBC.madvise(ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes()), advice)
 
 
-_LIBC = ctypes.CDLL(None)
+def _give_back() -> None:
+    """Let memory that tensors free go back to the system.
+
+    Left to itself, glibc keeps ever larger pieces for later: what is moved to files, tensor after tensor, would leave
+    half of its size behind.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        _LIBC.mallopt(M_MMAP_THRESHOLD, APART)
 
 
 def _file_system(folder: Path) -> str | None:

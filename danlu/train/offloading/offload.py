@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
+from danlu.errors import DanluError
 from danlu.model.transformer import Block
 from danlu.settings import Settings
 from danlu.train.groups import Group
@@ -20,14 +23,17 @@ from danlu.train.offloading.optimizer import FiledOptimizer
 from danlu.train.optimizer import Optimizer
 from danlu.train.optimizing.settings import OptimizerSettings
 
+FILED = ("optimizer", "parameters")  # states that lie in files
+
 
 class OffloadSettings(Settings):
     """What lies outside of memory while it is not computed with."""
 
-    state: Literal["none", "optimizer", "parameters"] = Field(
+    state: Literal["none", "host", "optimizer", "parameters"] = Field(
         "none",
-        description="optimizer: master weights, gradients and moments lie in files; parameters: so does all that the"
-        " model computes with, block by block",
+        description="host: weights, gradients and moments rest in the memory of an accelerator's host, and weights come"
+        " to it block by block; optimizer: master weights, gradients and moments lie in files; parameters: so does all"
+        " that the model computes with",
     )
     activations: Literal["none", "host", "files"] = Field(
         "none",
@@ -40,7 +46,7 @@ class OffloadSettings(Settings):
 
     @property
     def needs_files(self) -> bool:
-        return self.state != "none" or self.activations == "files"
+        return self.state in FILED or self.activations == "files"
 
     @model_validator(mode="after")
     def _folder_is_used(self) -> OffloadSettings:
@@ -51,19 +57,35 @@ class OffloadSettings(Settings):
 
 @dataclass(frozen=True)
 class Offload:
-    """Settings with the place they need. Losses, gradients and updates have the same bits as without.
+    """Settings with the place they need. Losses, gradients and updates have the same bits as without, except that an
+    accelerator's host rounds its updates in its own way.
 
     Attributes:
         files: None where nothing goes to files.
+        device: that computes.
     """
 
     settings: OffloadSettings
     files: Files | None
+    device: torch.device
 
     @classmethod
-    def start(cls, settings: OffloadSettings, folder: Path) -> Offload:
-        """Args: folder: where the settings name none. Raises DanluError where it is not fit for it."""
-        return cls(settings, Files(settings.folder or folder) if settings.needs_files else None)
+    def start(cls, settings: OffloadSettings, folder: Path, device: torch.device | None = None) -> Offload:
+        """Args: folder: where the settings name none; device: that computes, by default the CPU.
+
+        Raises DanluError where the folder is not fit for it, or the host is the device.
+        """
+        device = device or torch.device("cpu")
+        if device.type == "cpu" and "host" in (settings.state, settings.activations):
+            fix = "choose files (offload.state optimizer or parameters, offload.activations files), or none"
+            raise DanluError("the host computes, and has no other memory of its own", where="offload", fix=fix)
+        return cls(settings, Files(settings.folder or folder) if settings.needs_files else None, device)
+
+    def policy(self) -> OffloadPolicy:
+        """Where FSDP lets weights, gradients and with them the optimizer's state rest."""
+        if self.device.type == "cpu" or self.settings.state == "none":
+            return OffloadPolicy()
+        return CPUOffloadPolicy(pin_memory=self.settings.state != "parameters")  # a mapped file is not pinned
 
     def making_weights(self) -> AbstractContextManager[None]:
         """Inside, a model is made or loaded and laid out, from the first weight on where it is to stay."""
@@ -71,7 +93,7 @@ class Offload:
 
     def making_state(self) -> AbstractContextManager[None]:
         """Inside, what goes with the optimizer is made: a running average of its weights."""
-        return self._keeping(self.settings.state != "none")
+        return self._keeping(self.settings.state in FILED)
 
     def _keeping(self, wanted: bool) -> AbstractContextManager[None]:
         return self.files.keeping() if wanted and self.files is not None else nullcontext()
@@ -83,8 +105,14 @@ class Offload:
         settings: OptimizerSettings,
         groups: Mapping[str, Group] | None = None,
     ) -> Optimizer:
-        """See `Optimizer`. Masters that the model does not compute with are moved to files."""
-        if self.settings.state == "none" or self.files is None:
+        """See `Optimizer`. Masters that the model does not compute with are moved to files.
+
+        Raises DanluError where masters rest on an accelerator.
+        """
+        if self.settings.state != "none" and any(master.device.type != "cpu" for master in masters.values()):
+            fix = "take a plan that lays weights out over processes (shard or data), or set offload.state to none"
+            raise DanluError("the weights rest on the accelerator", where="offload.state", fix=fix)
+        if self.settings.state not in FILED or self.files is None:
             return Optimizer(masters, copies, settings, groups)
         moved = {name: self.files.move(master) if name in copies else master for name, master in masters.items()}
         return FiledOptimizer(moved, copies, settings, groups, files=self.files)

@@ -13,7 +13,7 @@ from danlu.train.optimizer import Optimizer
 from danlu.train.optimizing.parts import beside, local
 from danlu.train.optimizing.settings import OptimizerSettings
 
-BUCKET = 2**26  # bytes of masters that are updated at once; with moments and gradients four times that
+BUCKET = 2**24  # bytes of masters that are updated at once; with moments and gradients four times that
 
 
 class FiledOptimizer(Optimizer):
