@@ -173,6 +173,9 @@ def train(
     nodes: Annotated[int | None, typer.Option(min=1, help="Machines; the same command runs on each.")] = None,
     rendezvous: Annotated[str | None, typer.Option(help="HOST:PORT where the machines meet.")] = None,
     on: Annotated[Literal["here", "ray"], typer.Option(help="Who starts the processes.")] = "here",
+    job: Annotated[
+        Literal["slurm", "kubernetes"] | None, typer.Option(help="Print a job file for a cluster, and train nothing.")
+    ] = None,
     overrides: Overrides = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of all settings.")] = False,
     as_json: Json = False,
@@ -196,6 +199,15 @@ def train(
     given = {"nproc": nproc, "nodes": nodes, "rendezvous": rendezvous}
     words = [f"launch.{name}={value}" for name, value in given.items() if value is not None]
     read = read_recipe(recipe, [*(overrides or ()), *words], TrainRecipe)
+    if job is not None:
+        from danlu.train.jobs import JOBS
+
+        options = {"--plan": plan, "--steps": steps, "--out": out}
+        named = [(name, str(value)) for name, value in options.items() if value is not None]
+        set_words = [("--set", override) for override in overrides or ()]
+        told = tuple(word for pair in (*named, *set_words) for word in pair)
+        result(JOBS[job](str(recipe), told, read.recipe.job).rstrip())
+        return
     done = start(read.recipe.beside(recipe.parent), out, plan=plan, steps=steps, on=on)
     if as_json:
         _print_json(done)

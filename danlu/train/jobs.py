@@ -146,7 +146,7 @@ def kubernetes_job(recipe: str, words: tuple[str, ...], settings: JobSettings) -
     Raises DanluError where no image is named.
     """
     if settings.image is None:
-        raise DanluError("a Kubernetes job needs a container image", fix="name one that has danlu with --image")
+        raise DanluError("a Kubernetes job needs a container image", fix="name one that has danlu: --set job.image=...")
     service = {
         "apiVersion": "v1",
         "kind": "Service",
@@ -209,3 +209,6 @@ def _pod(recipe: str, words: tuple[str, ...], settings: JobSettings) -> dict[str
         ],
         "volumes": volumes,
     }
+
+
+JOBS = {"slurm": slurm_job, "kubernetes": kubernetes_job}

@@ -12,6 +12,7 @@ from danlu.model.initialize import Scheme
 from danlu.plan.plan import Plan
 from danlu.settings import Settings, Share
 from danlu.train.guard import GuardSettings
+from danlu.train.jobs import JobSettings
 from danlu.train.launch import LaunchSettings
 from danlu.train.offloading.offload import OffloadSettings
 from danlu.train.optimizing.settings import OptimizerSettings, ScheduleSettings
@@ -129,6 +130,7 @@ class TrainRecipe(Settings):
     validation: ValidationSettings = Field(ValidationSettings(), description="measuring on what is held out")
     guard: GuardSettings = Field(GuardSettings(), description="when a step counts as wrong, and what is done then")
     launch: LaunchSettings = Field(LaunchSettings(), description="how many processes, where, and when one fails")
+    job: JobSettings = Field(JobSettings(), description="what a job on a cluster needs (danlu train --job)")
 
     @field_validator("plan", mode="before")
     @classmethod

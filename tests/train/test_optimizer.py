@@ -39,7 +39,9 @@ KINDS: list[dict[str, Any]] = [
 
 
 def name_of(kind: Any) -> str:
-    return "-".join(map(str, kind.values())) if isinstance(kind, dict) else str(kind)
+    if isinstance(kind, dict):
+        return "-".join(map(str, kind.values()))
+    return "torch" if callable(kind) else str(kind)  # a function's address differs from process to process
 
 
 def network(wide: int = 5) -> nn.Sequential:

@@ -93,6 +93,41 @@ def test_it_trains_resumes_with_another_plan_and_exports(recipe: Path, tmp_path:
     assert [facts["step"] for facts in json.loads(listed.stdout)] == [10, 12]
 
 
+@pytest.mark.parametrize(
+    ("words", "loads"),
+    [
+        (
+            (
+                "model.architecture=BertForMaskedLM",
+                "model.shape={hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 64}",
+                "data.vocabulary={kind: wordpiece, size: 300}",
+                "objective.kind=masked_tokens",
+                "recompute=selective",
+            ),
+            transformers.AutoModelForMaskedLM,
+        ),
+        (
+            (
+                "model.architecture=T5ForConditionalGeneration",
+                "model.shape={d_model: 32, num_layers: 2, num_heads: 4, d_kv: 8, d_ff: 64}",
+                "data.vocabulary={kind: bpe, size: 400, sentinels: 32}",
+                "objective.kind=spans",
+                "optimizer={name: muon, learning_rate: 1e-2, ema: 0.9}",
+            ),
+            transformers.AutoModelForSeq2SeqLM,
+        ),
+    ],
+    ids=["masked_tokens", "spans"],
+)
+def test_other_objectives_train_other_families(
+    words: tuple[str, ...], loads: Any, recipe: Path, tmp_path: Path
+) -> None:
+    run(recipe, tmp_path, *(word for setting in words for word in ("--set", setting)))
+    lines = metrics(tmp_path)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    loads.from_pretrained(tmp_path / "model")
+
+
 def test_random_kills_of_random_ranks_change_nothing(recipe: Path, tmp_path: Path) -> None:
     """Every kill restarts the group from the last checkpoint; the end has the same bits as a run left alone."""
     words = ("--nproc", "2", "--plan", "shard=2", "--set", "checkpoints.every=2", "--set", "validation.every=50")
@@ -149,6 +184,14 @@ def test_sigterm_saves_and_ends_well(recipe: Path, tmp_path: Path) -> None:
     assert process.returncode == 0, told[-3000:]
     assert time.monotonic() - asked < 30
     assert _newest(tmp_path) == metrics(tmp_path)[-1]["step"]
+
+
+@pytest.mark.parametrize(("kind", "holds"), [("slurm", "#SBATCH --nodes=2"), ("kubernetes", "kind: Job")])
+def test_a_job_file_carries_the_command(kind: str, holds: str, recipe: Path, tmp_path: Path) -> None:
+    words = ("--job", kind, "--plan", "shard=8", "--set", "job.nodes=2", "--set", "job.image=danlu:1")
+    made = run(recipe, tmp_path, *words).stdout
+    assert holds in made and "--plan shard=8" in " ".join(made.split()) and "--nodes 2" in " ".join(made.split())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
