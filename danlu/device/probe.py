@@ -36,6 +36,8 @@ EXTRAS = {
     "serve": ("starlette", "uvicorn"),
     "report": ("matplotlib",),
     "tensorboard": ("tensorboard",),
+    "cluster": ("ray",),
+    "examples": ("gymnasium", "PIL"),
     "check": ("transformers",),
     "bench": ("transformers", "peft"),
 }

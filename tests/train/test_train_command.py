@@ -99,8 +99,9 @@ def test_it_trains_resumes_with_another_plan_and_exports(recipe: Path, tmp_path:
         (
             (
                 "model.architecture=BertForMaskedLM",
-                "model.shape={hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 64}",
-                "data.vocabulary={kind: wordpiece, size: 300}",
+                "model.shape={hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 64,"
+                " max_position_embeddings: 32}",
+                "data.vocabulary={kind: wordpiece, size: 80}",
                 "objective.kind=masked_tokens",
                 "recompute=selective",
             ),
