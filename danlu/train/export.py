@@ -15,8 +15,8 @@ from danlu.model.checkpoint import save_checkpoint
 from danlu.model.transformer import make_model
 from danlu.train.loop import BUFFER
 from danlu.train.recipe import TrainRecipe
-from danlu.train.state import Saved, open_checkpoint
-from danlu.train.worker import CHECKPOINTS, CORPUS, RECIPE, model_config
+from danlu.train.state import CHECKPOINTS, Saved, open_checkpoint
+from danlu.train.worker import CORPUS, RECIPE, model_config
 
 
 @dataclass(frozen=True)

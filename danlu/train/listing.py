@@ -6,8 +6,7 @@ from pathlib import Path
 
 from danlu.console import table
 from danlu.errors import DanluError
-from danlu.train.state import Facts, list_checkpoints
-from danlu.train.worker import CHECKPOINTS
+from danlu.train.state import CHECKPOINTS, Facts, list_checkpoints
 
 
 def checkpoints_of(run: Path, *, contents: bool) -> list[Facts]:

@@ -10,9 +10,8 @@ from typing import Any, Literal
 from danlu.plan.plan import Plan
 from danlu.train.launch import launch
 from danlu.train.recipe import TrainRecipe
-from danlu.train.state import list_checkpoints
+from danlu.train.state import CHECKPOINTS, list_checkpoints
 
-CHECKPOINTS = "checkpoints"
 Launcher = Literal["here", "ray"]
 
 

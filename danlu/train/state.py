@@ -46,6 +46,7 @@ from danlu.train.storage import (
     write_part,
 )
 
+CHECKPOINTS = "checkpoints"  # the folder of a run that they stand in
 Result = TypeVar("Result")
 
 

@@ -43,9 +43,9 @@ from danlu.train.rank import Rank
 from danlu.train.recipe import TrainRecipe
 from danlu.train.replica import Replica
 from danlu.train.schedule import Schedule
-from danlu.train.state import Checkpoints
+from danlu.train.state import CHECKPOINTS, Checkpoints
 
-CORPUS, RECIPE, DECISIONS, CHECKPOINTS = "corpus", "recipe.json", "decisions.json", "checkpoints"
+CORPUS, RECIPE, DECISIONS = "corpus", "recipe.json", "decisions.json"
 
 
 def work(
@@ -95,7 +95,9 @@ def _train(
 ) -> dict[str, Any]:
     first = rank.number == 0
     if plan.world != rank.world:
-        config = model_config(settings, _corpus(settings, home).tokenizer) if first else None
+        if not first:
+            dist.barrier()  # until the first process, which knows the model, has refused the plan for all
+        config = model_config(settings, _corpus(settings, home).tokenizer)
         check(plan, Work(config, settings.batch.rows, settings.batch.window), rank.world)
     mesh = make_mesh(plan, device)
     corpus = _together(mesh, lambda: _corpus(settings, home), first)
