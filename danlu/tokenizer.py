@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,28 @@ GGUF_ROLES = {
 }  # sic, the specification
 
 
+class UnknownCharacter(DanluError):
+    """A text holds a character that has no token, in a vocabulary where nothing stands for such.
+
+    Attributes:
+        text: which of the texts that were given, from 0.
+        place: of the character in it, from 0.
+    """
+
+    def __init__(self, character: str, text: int, place: int, where: Path) -> None:
+        self.text, self.place = text, place
+        what = f"the character {character!r} (U+{ord(character):04X}) is not in the vocabulary"
+        super().__init__(what, where=where, fix="leave it out of the text, or take a vocabulary that has it")
+
+
 class Tokenizer:
     """A checkpoint's tokenizer.
 
+    Whatever encodes raises `UnknownCharacter` for the first character that has no token, where none stands for it.
+
     Attributes:
         vocab_size: every id is below it. The model's embedding may have more rows.
-        bos_id, eos_id, pad_id, mask_id: ids of the special tokens, None where the checkpoint has none.
+        bos_id, eos_id, pad_id, mask_id, unk_id: ids of the special tokens, None where the checkpoint has none.
         special_ids: ids of all tokens that are no text.
         stop_ids: at these generation ends: end of text, and what ends a turn.
         adds_bos: whether the model expects every text to begin with `bos_id`; `encode` leaves that to the caller.
@@ -54,8 +71,8 @@ class Tokenizer:
         self._special = {f"{role}_token": text for role in ROLES if (text := _text(config.get(f"{role}_token")))}
         vocab = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocab.values()) + 1
-        self.bos_id, self.eos_id, self.pad_id, self.mask_id = (
-            vocab.get(self._special.get(f"{role}_token", "")) for role in ("bos", "eos", "pad", "mask")
+        self.bos_id, self.eos_id, self.pad_id, self.mask_id, self.unk_id = (
+            vocab.get(self._special.get(f"{role}_token", "")) for role in ("bos", "eos", "pad", "mask", "unk")
         )
         self.special_ids = frozenset(token["id"] for token in document["added_tokens"] if token.get("special"))
         known = {
@@ -89,15 +106,18 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of a text. With `special`, text such as <|im_end|> becomes that token; otherwise it stays text."""
-        return list(self._encoder(special).encode(text, add_special_tokens=False).ids)
+        with self.unknown_named([text]):
+            return list(self._encoder(special).encode(text, add_special_tokens=False).ids)
 
     def encode_input(self, text: str) -> list[int]:
         """Token ids of a text as an encoder reads it: between what its tokenizer.json puts around, [CLS] and [SEP]."""
-        return list(self.complete_backend.encode(text, add_special_tokens=True).ids)
+        with self.unknown_named([text]):
+            return list(self.complete_backend.encode(text, add_special_tokens=True).ids)
 
     def encode_batch(self, texts: list[str], special: bool = True) -> list[list[int]]:
         """Token ids of many texts, on all cores."""
-        found = self._encoder(special).encode_batch_fast(texts, add_special_tokens=False)
+        with self.unknown_named(texts):
+            found = self._encoder(special).encode_batch_fast(texts, add_special_tokens=False)
         return [list(one.ids) for one in found]
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -105,7 +125,8 @@ class Tokenizer:
 
         Tokens that share the bytes of one character all name that character.
         """
-        found = self._backend.encode(text, add_special_tokens=False)
+        with self.unknown_named([text]):
+            found = self._backend.encode(text, add_special_tokens=False)
         return list(found.ids), list(found.offsets)
 
     def id_of(self, token: str) -> int | None:
@@ -196,6 +217,30 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         return backend
+
+    @contextmanager
+    def unknown_named(self, texts: Sequence[str]) -> Iterator[None]:
+        """Within it, an error of the library about one of these texts becomes an `UnknownCharacter`, which names it."""
+        try:
+            yield
+        except Exception as error:  # the library raises bare Exception
+            found = self._first_unknown(texts)
+            if found is None:
+                raise DanluError(f"the text cannot be tokenized: {error}", where=self._where) from None
+            raise found from None
+
+    def _first_unknown(self, texts: Sequence[str]) -> UnknownCharacter | None:
+        known: set[str] = set()
+        for number, text in enumerate(texts):
+            for place, character in enumerate(text):
+                if character in known:
+                    continue
+                try:
+                    self._plain_backend.encode(character, add_special_tokens=False)
+                except Exception:
+                    return UnknownCharacter(character, number, place, self._where)
+                known.add(character)
+        return None
 
     def _encoder(self, special: bool) -> Backend:
         return self._backend if special else self._plain_backend

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from danlu.data.corpus_settings import VocabularySettings
+from danlu.data.vocabulary import learn_vocabulary
 from danlu.errors import DanluError
 from danlu.gguf_header import read_header
-from danlu.tokenizer import Tokenizer
+from danlu.tokenizer import Tokenizer, UnknownCharacter
 from tests.gguf_files import LlamaVocabulary, vocabulary_file
 
 TEXTS = [
@@ -88,6 +90,37 @@ def byte_tokenizer() -> Tokenizer:
     from tests.model.tiny import tiny_tokenizer
 
     return tiny_tokenizer()
+
+
+def characters(size: int | None) -> Tokenizer:
+    """A vocabulary of the characters a, b and the line's end."""
+    return learn_vocabulary(VocabularySettings(kind="characters", size=size, special=()), ["ab\nba\n"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(before=st.text("ab\n"), unknown=st.characters(exclude_characters="ab\n"), after=st.text())
+def test_a_character_without_a_token_is_named(before: str, unknown: str, after: str) -> None:
+    tokenizer, text = characters(None), before + unknown + after
+    assert tokenizer.unk_id is None and tokenizer.decode(tokenizer.encode(before)) == before
+    for encode in (
+        lambda: tokenizer.encode(text),
+        lambda: tokenizer.encode(text, special=False),
+        lambda: tokenizer.encode_input(text),
+        lambda: tokenizer.encode_with_offsets(text),
+        lambda: tokenizer.encode_batch(["ab", text, text]),
+    ):
+        with pytest.raises(UnknownCharacter) as error:
+            encode()
+        assert f"the character {unknown!r} (U+{ord(unknown):04X}) is not in the vocabulary" == error.value.what
+        assert error.value.place == len(before) and error.value.text in (0, 1)
+        assert error.value.where == Path("vocabulary") and "leave it out of the text" in str(error.value.fix)
+    assert error.value.text == 1
+
+
+def test_what_stands_for_unknown_characters_is_known(real: Tokenizer) -> None:
+    some = characters(4)
+    assert some.unk_id is not None and some.encode("a炉b") == [some.id_of("a"), some.unk_id, some.id_of("b")]
+    assert byte_tokenizer().unk_id is None and real.unk_id == 0
 
 
 def test_saved_tokenizer_is_the_same_here_and_in_transformers(real: Tokenizer, tmp_path: Path) -> None:

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Protocol, Self, TypeVar
 
 import torch
 
 from danlu.errors import DanluError
+
+Read = TypeVar("Read", covariant=True)
+
+
+class Batches(Protocol[Read]):
+    """What to learn from, a batch of one type each step."""
+
+    def batch(self, step: int) -> Read:
+        """This process's part of the batch of a step, counted from 0: a function of nothing but the step."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,11 @@ class RowBatch:
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch on another device."""
-        return replace(self, **{name: held.to(device, non_blocking=True) for name, held in self._tensors().items()})
+        held = self._tensors()
+        if torch.device(device).type == "cuda":
+            # Pageable memory would be waited for.
+            held = {name: one.pin_memory() if one.device.type == "cpu" else one for name, one in held.items()}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in held.items()})
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         held = {field.name: getattr(self, field.name) for field in fields(self)}

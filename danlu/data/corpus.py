@@ -33,9 +33,9 @@ from danlu.data.settings import Side, Source
 from danlu.data.sources import read
 from danlu.data.split import BUCKETS, bucket
 from danlu.data.stream import IGNORED, Batch
-from danlu.data.vocabulary import UNKNOWN, WORDPIECE, learn_vocabulary
+from danlu.data.vocabulary import learn_vocabulary
 from danlu.errors import DanluError
-from danlu.tokenizer import Tokenizer
+from danlu.tokenizer import Tokenizer, UnknownCharacter
 
 INDEX = "index.json"
 VERSION = 1
@@ -162,7 +162,6 @@ def _build(settings: CorpusSettings, out: Path) -> Figures:
     say(f"corpus: {tokenizer.vocab_size:,} tokens in the vocabulary ({settings.vocabulary.kind})")
     cuts = _cuts(settings) if settings.heldout and settings.heldout_from == "end" else None
     begin, end = frame(tokenizer)
-    unknown = _unknown_id(tokenizer)
     with closing(Rejections(out / REJECTED)) as rejections, ExitStack() as stack:
         writers = {side: TokenWriter(out, side, tokenizer.vocab_size, settings.shard_tokens) for side in SIDES}
         for writer in writers.values():
@@ -170,7 +169,7 @@ def _build(settings: CorpusSettings, out: Path) -> Figures:
         with progress("corpus: tokenizing", None, "characters") as tick:
             for chunk in _chunks(_sided(read_pieces(settings.sources, rejections.add), settings, cuts)):
                 for (side, piece), ids in zip(chunk, _encode(tokenizer, [piece for _, piece in chunk]), strict=True):
-                    writers[side].add(piece, ids, begin, end, unknown)
+                    writers[side].add(piece, ids, begin, end, tokenizer.unk_id)
                 tick.advance(sum(len(piece.text) for _, piece in chunk))
         sides = {side: writer.finish() for side, writer in writers.items()}
         _check(settings, sides)
@@ -342,35 +341,11 @@ def _encode(tokenizer: Tokenizer, pieces: list[Piece]) -> list[list[int]]:
     """Token ids of each piece; text that looks like a special token stays text."""
     try:
         return tokenizer.encode_batch([piece.text for piece in pieces], special=False)
-    except Exception as error:  # the library raises bare Exception
-        raise _unknown_character(tokenizer, pieces, error) from None
-
-
-def _unknown_character(tokenizer: Tokenizer, pieces: list[Piece], error: Exception) -> DanluError:
-    """The error that names the first character without a token, and its line."""
-    for piece in pieces:
-        for place, character in enumerate(piece.text):
-            try:
-                tokenizer.encode(character, special=False)
-            except Exception:
-                return DanluError(
-                    f"the character {character!r} (U+{ord(character):04X}) is not in the vocabulary",
-                    where=f"{piece.origin.file}:{piece.origin.line + piece.text.count(chr(10), 0, place)}",
-                    fix="learn the vocabulary from this text too, or give it a size: others then become <unk>",
-                )
-    return DanluError(f"the text cannot be tokenized: {error}", where=pieces[0].origin.file)
-
-
-def _unknown_id(tokenizer: Tokenizer) -> int | None:
-    """The id that stands for what has no token of its own, None where there is none."""
-    for text in (UNKNOWN, WORDPIECE["unk"]):
-        try:
-            ids = tokenizer.encode(text)
-        except Exception:  # a vocabulary of characters that has neither this token nor all of its letters
-            continue
-        if len(ids) == 1:
-            return ids[0]
-    return None
+    except UnknownCharacter as unknown:
+        piece = pieces[unknown.text]
+        line = piece.origin.line + piece.text.count("\n", 0, unknown.place)
+        fix = "learn the vocabulary from this text too, or give it a size: others then become <unk>"
+        raise DanluError(unknown.what, where=f"{piece.origin.file}:{line}", fix=fix) from None
 
 
 def _check(settings: CorpusSettings, sides: dict[Side, dict[str, Any]]) -> None:

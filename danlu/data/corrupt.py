@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from danlu.data.batch import Batches
 from danlu.data.memory import Ragged, tensor
 from danlu.data.pairs import PairBatch, answer
 from danlu.data.permutation import GOLDEN, WORD, key_of, mix
@@ -140,12 +140,6 @@ def corrupt_spans(tokens: Ids, key: int, how: SpanCorruption) -> tuple[Ids, Ids]
     return np.concatenate((*read, pieces[-1], end)), np.concatenate((*written, end))
 
 
-class Batches(Protocol):
-    """A stream of packed rows."""
-
-    def batch(self, step: int) -> Batch: ...
-
-
 class MaskedStream:
     """The rows of a stream with tokens hidden anew each time they come: inputs and targets of masked words.
 
@@ -158,7 +152,7 @@ class MaskedStream:
         rank: the stream's, so that the same tokens are hidden on any number of ranks.
     """
 
-    def __init__(self, stream: Batches, how: Masking, seed: int, rank: int = 0) -> None:
+    def __init__(self, stream: Batches[Batch], how: Masking, seed: int, rank: int = 0) -> None:
         self.stream, self.how, self.seed, self.rank = stream, how, seed, rank
 
     def batch(self, step: int) -> Batch:
@@ -175,7 +169,7 @@ class SpanStream:
     Args: see `MaskedStream`.
     """
 
-    def __init__(self, stream: Batches, how: SpanCorruption, seed: int, rank: int = 0) -> None:
+    def __init__(self, stream: Batches[Batch], how: SpanCorruption, seed: int, rank: int = 0) -> None:
         self.stream, self.how, self.seed, self.rank = stream, how, seed, rank
 
     def batch(self, step: int) -> PairBatch:

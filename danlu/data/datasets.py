@@ -36,12 +36,13 @@ class TaggedWords:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question about a passage, and the characters [begin, end) of it that answer the question."""
+    """A question about a passage, the characters [begin, end) of it that answer it, and all answers that are right."""
 
     question: str
     passage: str
     begin: int
     end: int
+    answers: tuple[str, ...] = ()
 
 
 def read_labelled(file: Path, encoding: str = "utf-8") -> list[LabelledText]:
@@ -76,7 +77,7 @@ def read_tagged(file: Path, encoding: str = "utf-8") -> list[TaggedWords]:
 
 
 def read_questions(file: Path, encoding: str = "utf-8") -> list[Question]:
-    """Questions from a file laid out as SQuAD's (arXiv:1606.05250), each with its first answer.
+    """Questions from a file laid out as SQuAD's (arXiv:1606.05250), each with its answers; the first is learned.
 
     Questions without an answer, or whose answer does not stand where the file says, are left out, counted and said.
     Raises DanluError where the file is laid out otherwise.
@@ -94,7 +95,8 @@ def read_questions(file: Path, encoding: str = "utf-8") -> list[Question]:
             if context[begin : begin + len(text)] != text or not text:
                 misplaced += 1
                 continue
-            found.append(Question(asked["question"], context, begin, begin + len(text)))
+            answers = tuple(str(answer["text"]) for answer in asked["answers"])
+            found.append(Question(asked["question"], context, begin, begin + len(text), answers))
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise DanluError(f"is not laid out as SQuAD's files: {error!r}", where=file) from None
     if without or misplaced:

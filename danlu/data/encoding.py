@@ -48,7 +48,8 @@ class Encoded:
 def encode_all(tokenizer: Tokenizer, texts: Sequence[str] | Sequence[tuple[str, str]]) -> list[Encoded]:
     """Texts, or pairs of them, as the tokenizer's own model reads them, on all cores."""
     backend = tokenizer.complete_backend
-    made = backend.encode_batch(list(texts), add_special_tokens=True)
+    with tokenizer.unknown_named([text for one in texts for text in ((one,) if isinstance(one, str) else one)]):
+        made = backend.encode_batch(list(texts), add_special_tokens=True)
     return [Encoded(one.ids, one.type_ids, one.offsets, one.sequence_ids) for one in made]
 
 

@@ -71,6 +71,10 @@ class LabelledRows:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def lengths(self, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Tokens of the rows with these numbers, int64 [B]."""
+        return self.tokens.lengths(chosen)
+
     def take(self, chosen: npt.NDArray[np.int64]) -> LabelBatch:
         """The batch of the rows with these numbers, padded to a multiple of 8."""
         labels = self.labels.padded(chosen, IGNORED) if isinstance(self.labels, Ragged) else self.labels[chosen]
@@ -131,7 +135,16 @@ def question_rows(tokenizer: Tokenizer, examples: Sequence[Question], limit: Lim
     Where an answer was cut off its places are -100 and not learned; those rows are counted and said.
     Raises DanluError where a row is too long and must not be cut.
     """
-    encoded = fitted(encode_all(tokenizer, [(one.question, one.passage) for one in examples]), limit)
+    return span_rows(encode_questions(tokenizer, examples, limit), examples)
+
+
+def encode_questions(tokenizer: Tokenizer, examples: Sequence[Question], limit: Limit) -> list[Encoded]:
+    """Each question and its passage. Raises DanluError where a row is too long and must not be cut."""
+    return fitted(encode_all(tokenizer, [(one.question, one.passage) for one in examples]), limit)
+
+
+def span_rows(encoded: list[Encoded], examples: Sequence[Question]) -> LabelledRows:
+    """Rows for a model of answers' places, of what `encode_questions` has made; see `question_rows`."""
     spans = np.array([_span(row, one) for row, one in zip(encoded, examples, strict=True)], dtype=np.int64)
     lost = int((spans[:, 0] == IGNORED).sum()) if len(spans) else 0
     if lost:

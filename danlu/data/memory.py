@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from danlu.data.stream import Stream
+from danlu.data.permutation import key_of, permute
+from danlu.data.stream import Stream, share_of
 
 MULTIPLE = 8  # batches are padded to a multiple of so many places, which fast matrix products want
 B = TypeVar("B", covariant=True)
@@ -88,6 +89,45 @@ class MemoryStream(Generic[B]):
     def indices(self, step: int) -> npt.NDArray[np.int64]:
         """The numbers of the rows in this rank's batch of a step, int64 [batch_rows / world]."""
         return self._order.indices(step)
+
+
+class MeasurableRows(MemoryRows[B], Protocol[B]):
+    """Rows that tell how long they are."""
+
+    def lengths(self, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Tokens of the rows with these numbers, int64 [B]."""
+        ...
+
+
+class AlikeStream(Generic[B]):
+    """As `MemoryStream`, with rows of like length side by side, so that little is padded.
+
+    The rows of some steps are drawn together, sorted by length, and cut into batches, which then come in an order of
+    chance: still a function of seed and step alone.
+
+    Args:
+        together: so many steps.
+        rows, batch_rows, seed, rank, world: see `Stream`.
+    """
+
+    def __init__(
+        self, rows: MeasurableRows[B], batch_rows: int, seed: int, together: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self.rows, self.seed, self.together = rows, seed, together
+        self._mine = np.array(share_of(batch_rows, rank, world), dtype=np.int64)
+        self._drawn = MemoryStream(rows, batch_rows * together, seed)
+
+    def batch(self, step: int) -> B:
+        """The batch of a step, counted from 0: batch_rows / world rows."""
+        return self.rows.take(self.indices(step))
+
+    def indices(self, step: int) -> npt.NDArray[np.int64]:
+        """The numbers of the rows in this rank's batch of a step, int64 [batch_rows / world]."""
+        turn, place = divmod(step, self.together)
+        drawn = self._drawn.indices(turn)
+        order = np.argsort(self.rows.lengths(drawn), kind="stable")
+        chosen = permute(np.array([place], dtype=np.int64), self.together, key_of(self.seed, turn, 2))
+        return drawn[order].reshape(self.together, -1)[chosen[0]][self._mine]
 
 
 def tensor(array: npt.NDArray[np.generic]) -> torch.Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from danlu.data.batch import Batches
 from danlu.data.permutation import shuffled
 from danlu.data.stream import Batch, Rows, make_batch, share_of
 from danlu.errors import DanluError
@@ -36,12 +37,6 @@ class RowSource(Protocol):
     def batch(self, draws: Ids) -> Batch:
         """The rows of these draws, counted from 0 over all epochs; a function of nothing else."""
         ...
-
-
-class Batches(Protocol):
-    """A stream."""
-
-    def batch(self, step: int) -> Batch: ...
 
 
 class Packed:
@@ -207,7 +202,7 @@ class Curriculum:
     Raises DanluError where the steps do not rise from 0.
     """
 
-    def __init__(self, phases: Sequence[tuple[int, Batches]]) -> None:
+    def __init__(self, phases: Sequence[tuple[int, Batches[Batch]]]) -> None:
         self._first = [step for step, _ in phases]
         self._streams = [stream for _, stream in phases]
         if self._first[:1] != [0] or any(
@@ -221,7 +216,7 @@ class Curriculum:
         return self._streams[phase].batch(step - self._first[phase])
 
 
-def growing(windows: Sequence[tuple[int, int]], tokens: int, make: Callable[[int, int], Batches]) -> Curriculum:
+def growing(windows: Sequence[tuple[int, int]], tokens: int, make: Callable[[int, int], Batches[Batch]]) -> Curriculum:
     """A curriculum by length (arXiv:2108.06084): windows grow, and rows become fewer, so a step stays equally large.
 
     Each phase begins an epoch of its own.

@@ -112,6 +112,10 @@ class PairRows:
     def __len__(self) -> int:
         return len(self.source)
 
+    def lengths(self, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Tokens of both sides of the rows with these numbers, int64 [B]."""
+        return self.source.lengths(chosen) + self.target.lengths(chosen)
+
     def take(self, chosen: npt.NDArray[np.int64]) -> PairBatch:
         """The batch of the rows with these numbers, each side padded to a multiple of 8."""
         return answer(
@@ -132,6 +136,10 @@ class TextPairRows:
 
     def __len__(self) -> int:
         return len(self.first)
+
+    def lengths(self, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Tokens of both sides of the rows with these numbers, int64 [B]."""
+        return self.first.lengths(chosen) + self.second.lengths(chosen)
 
     def take(self, chosen: npt.NDArray[np.int64]) -> TextPairs:
         """The batch of the rows with these numbers; both sides are padded alike."""

@@ -37,6 +37,7 @@ EXTRAS = {
     "report": ("matplotlib",),
     "tensorboard": ("tensorboard",),
     "cluster": ("ray",),
+    "float8": ("torchao",),
     "examples": ("gymnasium", "PIL"),
     "check": ("transformers",),
     "bench": ("transformers", "peft"),

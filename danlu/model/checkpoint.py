@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -82,6 +82,12 @@ class StoredModel:
         Raises DanluError where the weights have changed since `open` and no longer fit.
         """
         return stored.build(self.config, self._weights(), dtype, device)
+
+    def makers(self, dtype: torch.dtype = torch.float32) -> dict[str, stored.Make]:
+        """What reads each weight as a whole, by its name, for those that want one after another. Errors: see `load`."""
+        weights = self._weights()
+        stored.check(self.config, weights)
+        return {name: partial(weight.read, dtype) for name, weight in weights.found.items()}
 
     def _weights(self) -> stored.Weights:
         if self.path.is_dir():

@@ -16,7 +16,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -28,7 +29,7 @@ from danlu.model.head import WordHead
 from danlu.model.mixture import Bank
 from danlu.model.norm import BatchNorm, RMSNorm
 from danlu.model.position import RelativeBias
-from danlu.model.stored import stacks
+from danlu.model.stored import Make, stacks
 from danlu.model.transformer import EncoderPair, Model, Stack
 
 Scheme = Literal["xavier", "he", "normal", "mup"]
@@ -36,17 +37,30 @@ Scheme = Literal["xavier", "he", "normal", "mup"]
 # ("hidden"; "residual" where a block adds the output to the stream), or out of it, to a fixed number ("output").
 Role = Literal["norm", "bias", "temperature", "embedding", "input", "hidden", "residual", "output"]
 STD = 0.02
+PIECE = 2**20  # numbers of a truncated normal that are drawn at once
+RUNNING = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}  # starts of what is no weight
 CUT = 3.0  # truncated normals end at so many times the std of the whole one
 
 
 def initialize(model: Model, scheme: Scheme, seed: int) -> None:
-    """Overwrite every weight with its start.
+    """Overwrite every weight with its start, and running means and variances with theirs.
 
-    Each is drawn in fp32 on the CPU from the seed and its name, then rounded and moved: the same on every device, in
-    whatever order the modules stand, and whichever others there are. Experts of a bank are matrices of their own.
+    Args: model: without adapters, on any device, in any dtype; scheme, seed and errors: see `starts`.
+    """
+    makers = starts(model, scheme, seed)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            tensor.copy_(makers[name]())
+
+
+def starts(model: Model, scheme: Scheme, seed: int) -> dict[str, Make]:
+    """What makes the start of each weight, by its name, fp32; of running means and variances as well.
+
+    Each is drawn on the CPU from the seed and its name alone: the same on every device, in whatever order, and
+    whichever others there are. Experts of a bank are matrices of their own.
 
     Args:
-        model: without adapters, on any device, in any dtype.
+        model: whole, without adapters; only its names and shapes matter, so it may be on the meta device.
         scheme: see the head of this file.
         seed: the same seed gives the same bits.
 
@@ -63,25 +77,53 @@ def initialize(model: Model, scheme: Scheme, seed: int) -> None:
     if scheme == "mup" and mup_config(model.config) != model.config:
         what = "the model's attention, embedding and head are not scaled as muP asks"
         raise DanluError(what, where="initialize", fix="make it of mup_config(config)")
-    for name, module, weight, role in _weights(model):
-        generator = torch.Generator().manual_seed(_number(seed, name))
-        start = torch.empty(weight.shape, dtype=torch.float32)
-        if role == "norm":
-            start.fill_(0.0 if isinstance(module, RMSNorm) and module.plus_one else 1.0)
-        elif role == "bias":
-            start.zero_()
-        elif role == "temperature":
-            assert isinstance(model, EncoderPair)
-            start.fill_(model.config.logit_scale)
-        elif role == "embedding":
-            _truncated(start, 1.0 if scheme == "mup" else STD, generator)
+    makers: dict[str, Make] = {
+        name: Start(name, weight.shape, role, scheme, _constant(model, module, role), _updates(model, name), seed)
+        for name, module, weight, role in _weights(model)
+    }
+    for name, buffer in model.named_buffers():
+        makers[name] = partial(torch.full, buffer.shape, RUNNING[name.rpartition(".")[2]], dtype=buffer.dtype)
+    return makers
+
+
+@dataclass(frozen=True)
+class Start:
+    """How one weight starts.
+
+    Attributes:
+        constant: what all of it is; None where chance decides.
+        updates: how many times the blocks of its stack add to the stream.
+    """
+
+    name: str
+    shape: torch.Size
+    role: Role
+    scheme: Scheme
+    constant: float | None
+    updates: int
+    seed: int
+
+    def __call__(self) -> Tensor:
+        """The whole weight, fp32, on the CPU."""
+        start = torch.empty(self.shape, dtype=torch.float32)
+        generator = torch.Generator().manual_seed(_number(self.seed, self.name))
+        if self.constant is not None:
+            start.fill_(self.constant)
+        elif self.role == "embedding":
+            _truncated(start, 1.0 if self.scheme == "mup" else STD, generator)
         else:
-            _matrix(start, scheme, role, _updates(model, name), generator)
-        with torch.no_grad():
-            weight.copy_(start)
-    for module in model.modules():
-        if isinstance(module, BatchNorm):
-            module.reset_running_stats()
+            _matrix(start, self.scheme, self.role, self.updates, generator)
+        return start
+
+
+def _constant(model: Model, module: nn.Module, role: Role) -> float | None:
+    """What all of a weight starts as; None where chance decides."""
+    if role == "norm":
+        return 0.0 if isinstance(module, RMSNorm) and module.plus_one else 1.0
+    if role == "temperature":
+        assert isinstance(model, EncoderPair)
+        return model.config.logit_scale
+    return 0.0 if role == "bias" else None
 
 
 def mup_config(config: AnyConfig) -> AnyConfig:
@@ -189,4 +231,5 @@ def _truncated(start: Tensor, std: float, generator: torch.Generator) -> None:
     inside = math.erf(CUT / math.sqrt(2))
     density = math.exp(-(CUT**2) / 2) / math.sqrt(2 * math.pi)
     whole = std / math.sqrt(1 - 2 * CUT * density / inside)
-    nn.init.trunc_normal_(start, 0.0, whole, -CUT * whole, CUT * whole, generator=generator)
+    for piece in start.view(-1).split(PIECE):  # the library's way takes several times the memory of what it fills
+        nn.init.trunc_normal_(piece, 0.0, whole, -CUT * whole, CUT * whole, generator=generator)

@@ -160,7 +160,7 @@ def add_lora(
     adapters already.
     """
     layers = adaptable(model)
-    chosen = _chosen(list(layers), targets, "linear layer", "lora targets")
+    chosen = chosen_names(list(layers), targets, "linear layer", "lora targets")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for name in chosen:
@@ -234,7 +234,7 @@ def train_only(model: nn.Module, globs: Sequence[str]) -> list[str]:
 
     Returns their names. Raises DanluError where a glob matches no weight.
     """
-    chosen = _chosen([name for name, _ in model.named_parameters()], globs, "weight", "weights to train")
+    chosen = chosen_names([name for name, _ in model.named_parameters()], globs, "weight", "weights to train")
     learning = set(chosen)
     for name, weight in model.named_parameters():
         weight.requires_grad_(name in learning)
@@ -247,14 +247,19 @@ def freeze(model: nn.Module, globs: Sequence[str]) -> list[str]:
     Returns their names. Raises DanluError where a glob matches no weight.
     """
     weights = dict(model.named_parameters())
-    chosen = _chosen(list(weights), globs, "weight", "weights to freeze")
+    chosen = chosen_names(list(weights), globs, "weight", "weights to freeze")
     for name in chosen:
         weights[name].requires_grad_(False)
     return chosen
 
 
-def _chosen(names: Sequence[str], globs: Sequence[str], kind: str, where: str) -> list[str]:
-    """The names that match one of the globs, in their own order."""
+def chosen_names(names: Sequence[str], globs: Sequence[str], kind: str, where: str) -> list[str]:
+    """The names that match one of the globs, in their own order.
+
+    Args: kind: what is named, say "weight"; where: the setting that holds the globs; both for the error.
+
+    Raises DanluError where a glob matches none, with the nearest name and all that there are.
+    """
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             known = sorted({LAYER_NUMBER.sub("*", name) for name in names})

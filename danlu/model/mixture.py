@@ -45,6 +45,18 @@ class Routing:
         return int((~self.taken).sum())
 
 
+def joined(routes: Sequence[Routing]) -> Routing:
+    """What a layer's router did with parts of a batch's rows, as with all of them at once."""
+    if len(routes) == 1:
+        return routes[0]
+    return Routing(
+        torch.cat([route.logits for route in routes]),
+        torch.cat([route.experts for route in routes]),
+        torch.cat([route.taken for route in routes]),
+        sum(route.rows for route in routes),
+    )
+
+
 class Bank(nn.Module):
     """Linear layers of one shape, one an expert: weight [experts, out, in], bias [experts, out] or None."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,6 +68,17 @@ class Batch:
     keep: int = 0
     masked: bool = False
     ring: Ring | None = None
+
+    def halves(self) -> tuple[Batch, Batch]:
+        """The rows as `torch.chunk` cuts them in two."""
+        middle = -(-len(self.positions) // 2)
+
+        def rows(here: slice) -> Batch:
+            segments = None if self.segments is None else self.segments[here]
+            prefix = None if self.prefix is None else self.prefix[here]
+            return replace(self, positions=self.positions[here], segments=segments, prefix=prefix)
+
+        return rows(slice(middle)), rows(slice(middle, None))
 
 
 def self_sight(config: ModelConfig, layer: int, batch: Batch, bias: RelativeBias | None) -> Sight:

@@ -14,6 +14,8 @@ from danlu.model.config import AnyConfig, EncoderDecoderConfig, ModelConfig
 from danlu.model.names import Names
 from danlu.model.transformer import Model, make_model
 
+Make = Callable[[], Tensor]  # draws or reads a weight as a whole, on the CPU, in memory of its own
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -59,7 +61,7 @@ def build(config: AnyConfig, stored: Weights, dtype: torch.dtype, device: torch.
     Raises DanluError naming the first weight that is missing, of another shape, or not part of the model.
     """
     check(config, stored)
-    model = _without_memory(config)
+    model = without_memory(config)
     weights = {name: stored.found[name].read(dtype).to(device) for name in model.state_dict()}
     model.load_state_dict(weights, assign=True)
     return model.eval()  # nothing drops out until someone trains it
@@ -94,7 +96,7 @@ def _needed(config: AnyConfig, stored: Weights) -> dict[str, tuple[int, ...]]:
         what = f"{layers:,} layers are configured, but there are only {len(stored.found):,} weights: some are missing"
         raise DanluError(what, where=stored.path, fix="the file is incomplete, or its configuration another model's")
     try:
-        return {name: tuple(weight.shape) for name, weight in _without_memory(config).state_dict().items()}
+        return {name: tuple(weight.shape) for name, weight in without_memory(config).state_dict().items()}
     except (RuntimeError, TypeError, OverflowError):
         raise DanluError("the configuration describes a model of impossible size", where=stored.path) from None
 
@@ -108,6 +110,7 @@ def stacks(config: AnyConfig) -> tuple[ModelConfig, ...]:
     return config.text, config.image
 
 
-def _without_memory(config: AnyConfig) -> Model:
+def without_memory(config: AnyConfig) -> Model:
+    """A model on the meta device: names, shapes and modules, and no weights."""
     with torch.device("meta"):
         return make_model(config)

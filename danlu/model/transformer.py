@@ -14,7 +14,7 @@ from danlu.model.config import EncoderDecoderConfig, ModelConfig, PairConfig, Re
 from danlu.model.embedding import PatchEmbedding, Received, TextEmbedding
 from danlu.model.feedforward import FeedForward
 from danlu.model.head import LabelHead, WordHead, make_head
-from danlu.model.mixture import Mixture, Routing
+from danlu.model.mixture import Mixture, Routing, joined
 from danlu.model.norm import make_norm
 from danlu.model.position import RelativeBias
 from danlu.model.ring_attention import Ring
@@ -52,22 +52,40 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        see: Sight,
+        see: Sight | tuple[Sight, ...],
         cache: LayerCache | None = None,
         memory: Tensor | None = None,
         see_memory: Sight | None = None,
         notes: Notes | None = None,
     ) -> Tensor:
-        """[B, T, width] -> the same shape. For the arguments see `Stack.run`."""
-        update = self.attention(_through(self.attention_norm, x), see, cache)
-        x = self._add(x, update, self.attention_norm_after)
+        """[B, T, width] -> the same shape. For the arguments see `Stack.run`.
+
+        Args:
+            see: with several, as many parts of the rows are computed by turns: what processes exchange for one may
+                then travel while the next is computed, and so on the way back, which goes from last to first.
+        """
+        sees = see if isinstance(see, tuple) else (see,)
+        parts = list(x.chunk(len(sees))) if len(sees) > 1 else [x]
+        inner = [_through(self.attention_norm, part) for part in parts]
+        updates = [self.attention(part, seen, cache) for part, seen in zip(inner, sees, strict=True)]
+        parts = self._add_all(parts, updates, self.attention_norm_after)
         if self.cross is not None:
-            assert memory is not None and see_memory is not None
-            x = self._add(x, self.cross(_through(self.cross_norm, x), see_memory, cache, memory), None)
-        inner = _through(self.feedforward_norm, x)
-        routes = None if notes is None else notes.routes
-        update = self.feedforward(inner, routes) if isinstance(self.feedforward, Mixture) else self.feedforward(inner)
-        return self._add(x, update, self.feedforward_norm_after)
+            assert memory is not None and see_memory is not None and len(parts) == 1
+            update = self.cross(_through(self.cross_norm, parts[0]), see_memory, cache, memory)
+            parts = [self._add(parts[0], update, None)]
+        inner = [_through(self.feedforward_norm, part) for part in parts]
+        routes: list[Routing] | None = None if notes is None else []
+        updates = [
+            self.feedforward(part, routes) if isinstance(self.feedforward, Mixture) else self.feedforward(part)
+            for part in inner
+        ]
+        if notes is not None and routes:
+            notes.routes.append(joined(routes))
+        parts = self._add_all(parts, updates, self.feedforward_norm_after)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _add_all(self, parts: list[Tensor], updates: list[Tensor], norm: nn.Module | None) -> list[Tensor]:
+        return [self._add(part, update, norm) for part, update in zip(parts, updates, strict=True)]
 
     def _add(self, x: Tensor, update: Tensor, norm: nn.Module | None) -> Tensor:
         """The stream with an update, normed where that is its place."""
@@ -94,6 +112,7 @@ class Stack(nn.Module):
         keep_probabilities: on a CPU, attention probabilities kept for the backward pass, on average a query and head;
             the others are computed again. 0 needs the least memory, more takes less time.
         ring: the processes that the rows are cut over, where they are.
+        halved: blocks compute the two halves of the rows by turns, unless there is a cache or another stack's output.
     """
 
     blocks: nn.ModuleList | nn.ModuleDict
@@ -103,6 +122,7 @@ class Stack(nn.Module):
         self.config = config
         self.keep_probabilities = 0
         self.ring: Ring | None = None
+        self.halved = False
         relative = config.positions if isinstance(config.positions, Relative) else None
         self.relative = RelativeBias(relative, config.heads, config.causal) if relative else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
@@ -131,13 +151,15 @@ class Stack(nn.Module):
         """
         training_dropout = self.training and self.config.attention_dropout > 0
         batch = replace(batch, keep=self.keep_probabilities, masked=training_dropout, ring=self.ring)
-        sights: dict[bool, Sight] = {}
+        halved = self.halved and cache is None and memory is None and len(x) > 1
+        batches = batch.halves() if halved else (batch,)
+        sights: dict[bool, tuple[Sight, ...]] = {}
         notes = None if routes is None else Notes(routes)
         for name, block in self.blocks.named_children():
             layer = int(name)
             local = self.config.window(layer) is not None
             if local not in sights:
-                sights[local] = self_sight(self.config, layer, batch, self.relative)
+                sights[local] = tuple(self_sight(self.config, layer, one, self.relative) for one in batches)
             if hidden is not None:
                 hidden.append(x)
             x = block(x, sights[local], None if cache is None else cache.layers[layer], memory, see_memory, notes)

@@ -38,6 +38,11 @@ class Plan(Settings):
     sequence: bool = Field(
         True, description="tensor processes share the tokens out between the matrices (arXiv:2205.05198)"
     )
+    overlap: bool = Field(
+        False,
+        description="compute the rows of a micro-batch in two halves by turns, so that what tensor processes sum up for"
+        " one travels while the other is computed (arXiv:2409.15241)",
+    )
     micro_batches: int = Field(1, ge=1, description="parts that the rows of a process are computed in, one by one")
     schedule: Literal["1f1b", "interleaved", "zero-bubble"] = Field(
         "1f1b", description="the order of a pipeline's work"
@@ -54,6 +59,8 @@ class Plan(Settings):
             raise ValueError(f"schedule 1f1b holds one stage a process, not {self.stages}; use schedule=interleaved")
         if self.pipeline == 1 and (self.schedule != "1f1b" or self.stages != 1):
             raise ValueError("schedule and stages are for pipelines: set pipeline=2 or more")
+        if self.tensor == 1 and self.overlap:
+            raise ValueError("overlap is for matrices that are cut: set tensor=2 or more")
         return self
 
     @property
@@ -161,6 +168,8 @@ def _rows(plan: Plan, work: Work) -> Iterator[str]:
         yield f"{work.rows} rows a step cannot be shared by data x expert x shard = {plan.readers}"
     elif share % plan.micro_batches:
         yield f"{share} rows of a process cannot be cut into micro_batches={plan.micro_batches}"
+    elif plan.overlap and share == plan.micro_batches:
+        yield "overlap takes turns between rows of a micro-batch, and there is one"
 
 
 def _stack(plan: Plan, config: ModelConfig, length: int) -> Iterator[str]:
@@ -233,9 +242,10 @@ def _variants(plan: Plan, degrees: dict[str, int]) -> Iterator[Plan]:
     kept = plan.plain() | degrees
     if degrees["pipeline"] == 1:
         kept |= {"schedule": "1f1b", "stages": 1}
+    kept["overlap"] = plan.overlap and degrees["tensor"] > 1
     plainer: tuple[dict[str, Any], ...] = (
         {}, {"micro_batches": 1}, {"sequence": False},
-        {"micro_batches": 1, "sequence": False, "schedule": "1f1b", "stages": 1},
+        {"micro_batches": 1, "sequence": False, "overlap": False, "schedule": "1f1b", "stages": 1},
     )  # fmt: skip
     for change in plainer:
         yield Plan.model_validate(kept | change)

@@ -12,10 +12,12 @@ import sysconfig
 import torch
 import torch._functorch.config
 import torch._inductor.config
+from torch import nn
 
 from danlu.model.config import ModelConfig
-from danlu.model.transformer import Decoder
+from danlu.model.transformer import Block, Embedded
 from danlu.train.precision import gemm_rate
+from danlu.train.settings import Compile
 
 # Measured by bench/tune_throughput.py; see docs/lab-notebook.md.
 COST = 14.0  # seconds the first compiled step takes longer, on two cores with an empty cache
@@ -43,22 +45,19 @@ def _accepts(*options: str) -> bool:
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def choose_compile(
-    asked: str, config: ModelConfig, tokens: int, flops_per_parameter: int, dtype: torch.dtype
-) -> tuple[bool, str]:
+def choose_compile(asked: Compile, flops: float, dtype: torch.dtype, device: str = "cpu") -> tuple[bool, str]:
     """Whether to compile, and why, in words.
 
     Args:
-        asked: "on", "off" or "auto".
-        tokens: how many the run computes.
-        flops_per_parameter: per token; 6 where all weights learn, 4 where only adapters do (arXiv:2001.08361).
+        asked: "on", "off" or "auto": where it saves more time than it takes.
+        flops: of the whole run, forward and backward, on this process.
+        device: the type of what computes.
     """
     if asked != "auto":
         return asked == "on", f"{asked}, as asked"
     if not can_compile():
         return False, "off: no C++ compiler with Python's headers found"
-    flops = flops_per_parameter * parameters(config) * tokens
-    seconds = flops / (gemm_rate(dtype) * 1e9 * EFFICIENCY)
+    seconds = flops / (gemm_rate(dtype, device=device) * 1e9 * EFFICIENCY)
     saved = GAIN * seconds
     words = f"compiling would save about {saved:,.0f} s of {seconds:,.0f} s and take {COST:,.0f} s"
     return saved > COST, ("on: " if saved > COST else "off: ") + words
@@ -71,16 +70,18 @@ def parameters(config: ModelConfig) -> int:
     return config.layers * block + config.vocab_size * config.width
 
 
-def compile_blocks(model: Decoder) -> None:
-    """Compile each block in place; one program serves all."""
+def compile_blocks(model: nn.Module) -> None:
+    """Compile each block in place, before anything is wrapped around it; one program serves all that are alike."""
     _trust_compiler()
     # Keep a tenth less for the backward pass: norms and gates are computed again, which costs next to nothing.
     torch._functorch.config.activation_memory_budget = 0.9
-    if not model.embedding.tokens.weight.requires_grad:
+    if isinstance(model, Embedded) and not any(weight.requires_grad for weight in model.embedding.parameters()):
         # The first block's input then asks for a gradient as every other's does: without it, it needs its own program.
         model.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
-    for block in model.blocks.children():
-        block.compile(dynamic=False)
+    for block in model.modules():
+        if isinstance(block, Block):
+            # Not what hooks around it do.
+            block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]
 
 
 def _trust_compiler() -> None:

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from danlu.data.corpus import Corpus
 from danlu.errors import DanluError
 from danlu.model.checkpoint import save_checkpoint
 from danlu.model.transformer import make_model
 from danlu.train.loop import BUFFER
 from danlu.train.recipe import TrainRecipe
 from danlu.train.state import CHECKPOINTS, Saved, open_checkpoint
-from danlu.train.worker import CORPUS, RECIPE, model_config
+from danlu.train.tasks.shape import exported, model_config
+from danlu.train.tasks.task import RECIPE, make_task
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ def export(run: Path, out: Path, step: int | None = None, averaged: bool | None 
     if averaged and not has_average:
         raise DanluError("the run keeps no average of its weights", where=run, fix="set optimizer.ema in the recipe")
     take = has_average if averaged is None else averaged
-    tokenizer = Corpus.open(run / CORPUS).tokenizer
-    model = make_model(model_config(settings, tokenizer))
+    task = make_task(settings, run)
+    model = make_model(exported(model_config(settings, task)))
     _fill(model, saved, "average." if take else "master.")
-    save_checkpoint(model, tokenizer, out)
+    save_checkpoint(model, task.tokenizer, out)
     return Exported(out, saved.step, take)
 
 

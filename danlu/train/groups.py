@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from torch import Tensor
 
-from danlu.errors import DanluError, nearest
+from danlu.errors import DanluError
+from danlu.model.lora import chosen_names
 from danlu.train.optimizing.settings import OptimizerSettings
 
 BLOCK = re.compile(r"(?P<stack>(?:.*?\.)?)blocks\.(?P<number>\d+)\.")
@@ -113,14 +113,6 @@ def _need_blocks(depths: Mapping[str, int], field: str) -> None:
         raise DanluError("the model has no blocks to tell apart", where=f"optimizer.{field}", fix="leave it out")
 
 
-def _matching(names: list[str], globs: Iterable[str], field: str) -> set[str]:
+def _matching(names: list[str], globs: tuple[str, ...], field: str) -> set[str]:
     """The names that match one of the globs. Raises DanluError where a glob matches none."""
-    found: set[str] = set()
-    for glob in globs:
-        here = {name for name in names if fnmatchcase(name, glob)}
-        if not here:
-            close = nearest(glob, names)
-            hint = f"the nearest name is {close}" if close else None
-            raise DanluError(f"no weight that learns is named like {glob}", where=f"optimizer.{field}", fix=hint)
-        found |= here
-    return found
+    return set(chosen_names(names, globs, "weight that learns", f"optimizer.{field}"))

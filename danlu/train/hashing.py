@@ -18,7 +18,8 @@ from danlu.train.mesh import Mesh
 def hash_batch(mesh: Mesh, batch: Any) -> str:
     """16 hexadecimal digits of a BLAKE2b over the hashes of all rows of the whole batch, in their order.
 
-    A row is its token ids or, in batches without, all its tensors.
+    A row is its token ids or, in batches without, all its tensors. Padding is no part of it: how much of it a row gets
+    depends on which others are computed with it.
     """
     own = torch.from_numpy(_row_hashes(batch))
     if mesh.fine is None:
@@ -44,11 +45,14 @@ def _row_hashes(batch: Any) -> np.ndarray:
     """int64 [rows]."""
     tensors = _tensors(batch)
     arrays = [np.ascontiguousarray(tensor.detach().cpu().numpy()) for tensor in tensors]
+    segments = getattr(batch, "segments", None)
+    real = segments.detach().cpu().numpy() > 0 if isinstance(segments, Tensor) else None
     found = []
     for row in range(len(arrays[0]) if arrays else 0):
         digest = hashlib.blake2b(digest_size=8)
         for array in arrays:
-            digest.update(array[row].tobytes())
+            padded = real is not None and array.shape[: real.ndim] == real.shape
+            digest.update((array[row][real[row]] if padded and real is not None else array[row]).tobytes())
         found.append(int.from_bytes(digest.digest(), "little", signed=True))
     return np.array(found, dtype=np.int64)
 

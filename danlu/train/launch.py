@@ -238,7 +238,7 @@ def _run_group(job: Job, settings: LaunchSettings, progress: Callable[[], int]) 
                 spec.rdzv_handler.shutdown()
         except RendezvousError as error:
             what = f"the {settings.nodes} machines did not meet, or one has ended the run: {error}"
-            fix = "look at what the other machines say, and whether they reach this address"
+            fix = "look at what the other machines say, whether they reach this address, and whether all clocks agree"
             raise RankError(what, settings.rendezvous, fix, exit_code=1) from None
     if agent.error is not None:
         raise agent.error

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from danlu.console import progress, say
+from danlu.data.batch import Batches
 from danlu.errors import DanluError
 from danlu.train.ema import Average
 from danlu.train.guard import Action, Guard
@@ -21,6 +22,7 @@ from danlu.train.hashing import check_numbers, hash_batch
 from danlu.train.mesh import Mesh
 from danlu.train.optimizer import clip
 from danlu.train.replica import Replica
+from danlu.train.scaling import LossScale
 from danlu.train.state import Checkpoints
 from danlu.train.watch import Record, Watch, memory_in_use
 
@@ -47,15 +49,7 @@ class Part(Protocol):
         ...
 
 
-class Batches(Protocol):
-    """What to learn from."""
-
-    def batch(self, step: int) -> Part:
-        """This process's part of the batch of a step, counted from 0: a function of nothing but the step."""
-        ...
-
-
-class Memory(Batches, Protocol):
+class Memory(Batches[Part], Protocol):
     """A stream that grows while it is read, as a replay buffer does; what it holds is part of a checkpoint."""
 
     def advance(self, step: int) -> None:
@@ -70,7 +64,8 @@ class Memory(Batches, Protocol):
 class Updates(Protocol):
     """What updates weights: an `Optimizer`, or what stands in for one, as `danlu.train.local_steps.LocalSteps` does."""
 
-    masters: dict[str, Tensor]
+    @property
+    def masters(self) -> dict[str, Tensor]: ...
 
     def gradients(self) -> dict[str, Tensor]: ...
 
@@ -92,12 +87,19 @@ class Turn:
         rate: step, counted from 0 -> learning rate.
         clip: the largest norm of the gradient, or None.
         average: of the optimizer's weights, kept up to date, or None.
+        scale: the factor on the loss of what computes in fp16, or None.
     """
 
     optimizer: Updates
     rate: Callable[[int], float]
     clip: float | None = None
     average: Average | None = None
+    scale: LossScale | None = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that its next update depends on, by names in a checkpoint; they share storage."""
+        kept = [part.state() for part in (self.optimizer, self.average, self.scale) if part is not None]
+        return {name: tensor for state in kept for name, tensor in state.items()}
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class Validation:
         observe: told each loss, as schedules on a plateau want.
         patience: measurements in a row that may be no better than the best before the run ends early; None for any.
         observed: what `observe` keeps, to be saved with a checkpoint, and how to take it up again.
+        quality: figures besides the loss, by name, the same on every process; called as `measure` is.
     """
 
     every: int
@@ -117,6 +120,7 @@ class Validation:
     observe: Callable[[float], None] = field(default=lambda loss: None)
     patience: int | None = None
     observed: tuple[Callable[[], dict[str, Any]], Callable[[dict[str, Any]], None]] | None = None
+    quality: Callable[[], dict[str, float]] = field(default=dict)
 
 
 class Progress:
@@ -151,12 +155,14 @@ class Done:
         losses: of every step in nat/token, resumed ones included.
         validated: (step, loss) of every validation.
         why: "finished", "stopped" (asked to), or "early" (no better for too long).
+        quality: what the last validation found besides the loss.
     """
 
     steps: int
     losses: list[float]
     validated: list[tuple[int, float]]
     why: str
+    quality: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -175,6 +181,7 @@ class Run:
         validation, guard: None for none.
         stopping: polled each step; where any process says yes, all save and stop.
         alive: told the step and what is being done in it.
+        finish: called when the last step is done, before it is measured and saved, as workers that train apart want it.
         flops: floating-point operations a token, for MFU; `ceiling`: operations a second of one process's device.
     """
 
@@ -191,6 +198,7 @@ class Run:
     guard: Guard = field(default_factory=Guard)
     stopping: Callable[[], bool] = lambda: False
     alive: Callable[[int, str], None] = lambda step, phase: None
+    finish: Callable[[], None] = lambda: None
     flops: float = 0.0
     ceiling: float = 0.0
     label: str = "train"
@@ -203,7 +211,7 @@ class Run:
         """All tensors that the next step depends on, by their names in a checkpoint; they share storage."""
         found: dict[str, Tensor] = {}
         for number, turn in enumerate(self.turns):
-            own = turn.optimizer.state() | ({} if turn.average is None else turn.average.state())
+            own = turn.state()
             found |= own if number == 0 else {f"turn{number}.{name}": tensor for name, tensor in own.items()}
         found |= {BUFFER + name: buffer for name, buffer in self.replica.buffers().items()}
         if hasattr(self.stream, "state"):
@@ -286,25 +294,31 @@ def _save(run: Run, step: int, noted: Progress, score: float | None) -> None:
 def _go_on(run: Run, done: int, noted: Progress) -> Done:
     first = run.mesh.rank == 0
     why, saved, last = "finished", done, None
+    quality: dict[str, float] = {}
     for model in run.replica.models:
         model.train()
     bar = progress(run.label, run.steps - done, "steps") if first else nullcontext(None)
+    run.replica.clock.take()  # of a try before this one
     with Watch(run.out, done, run.label, writes=first) as watch, bar as tick:
         for step in range(done, run.steps):
             record, stop = _step(run, step)
             done = step + 1
+            if done == run.steps:
+                run.finish()
             if run.validation is not None and (done % run.validation.every == 0 or done == run.steps):
-                last = _validate(run, done, noted)
-                record = replace(record, validation=last)
+                last, quality = _validate(run, done, noted)
+                record = replace(record, validation=last, quality=quality)
                 if run.validation.patience is not None and noted.worse > run.validation.patience:
                     why = "early"
+                    run.finish()
             watch.record(record)
             if tick is not None:
                 tick.advance(1, f"loss {record.loss:.3f}, {record.tokens_per_second:,.0f} token/s")
             if stop:
                 why = "stopped"
             if done % run.checkpoint_steps == 0 or done == run.steps or why != "finished":
-                _save(run, done, noted, record.validation)
+                with run.replica.clock.phase("checkpoint"):
+                    _save(run, done, noted, record.validation)
                 saved = done
             if why != "finished":
                 break
@@ -313,13 +327,12 @@ def _go_on(run: Run, done: int, noted: Progress) -> Done:
     measured = [*noted.validated]
     if last is not None and measured[-1:] != [(done, last)] and done == run.steps:
         measured.append((done, last))
-    return Done(done, watch.losses, measured, why)
+    return Done(done, watch.losses, measured, why, quality)
 
 
 def _step(run: Run, step: int) -> tuple[Record, bool]:
     """One step of all turns; returns what to note, and whether some process was asked to stop."""
     started, clock = time.perf_counter(), run.replica.clock
-    clock.take()
     torch.manual_seed(_seed(run, step))
     run.alive(step + 1, "data")
     with clock.phase("data"):
@@ -340,9 +353,9 @@ def _step(run: Run, step: int) -> tuple[Record, bool]:
             skipped = "left out: an earlier try went wrong"
             made.append({"loss": 0.0, "learning_rate": turn.rate(step), "gradient_norm": 0.0})
             continue
-        loss, norm = _update(run, turn, number, here, count, step)
+        loss, norm = _gradient(run, turn, number, here, count, step)
         made.append({"loss": loss, "learning_rate": turn.rate(step), "gradient_norm": norm})
-        action, why = run.guard.judge(loss, norm) if number == 0 else _finite(loss, norm)
+        action, why = _judge(run, turn, number, loss, norm)
         if action == "stop":
             fix = "lower the learning rate or the clip, or see the settings of guard"
             raise DanluError(f"step {step + 1}: {why}", fix=fix)
@@ -385,20 +398,33 @@ def _step(run: Run, step: int) -> tuple[Record, bool]:
     return record, told[2] > 0
 
 
-def _update(run: Run, turn: Turn, number: int, batch: Any, count: int, step: int) -> tuple[float, float]:
+def _gradient(run: Run, turn: Turn, number: int, batch: Any, count: int, step: int) -> tuple[float, float]:
     """The mean loss of a turn and the norm of its gradient, which is left on the weights."""
     run.alive(step + 1, "forward and backward")
+    run.replica.factor = 1.0 if turn.scale is None else float(turn.scale.factor)
     own = run.replica.gradients(batch, count, number)
     for other in run.turns:
         if other is not turn:
             other.optimizer.zero()
     with run.replica.clock.phase("communication"):
         loss = float(run.mesh.sum(own)) / max(count, 1)
-        norm = run.replica.norm(turn.optimizer.gradients())
-    return loss, norm
+        gradients = turn.optimizer.gradients()
+        norm = run.replica.norm(gradients)
+    return loss, norm if turn.scale is None else turn.scale.unscale(gradients, norm)
 
 
-def _finite(loss: float, norm: float) -> tuple[Action, str]:
+def _judge(run: Run, turn: Turn, number: int, loss: float, norm: float) -> tuple[Action, str]:
+    """What to do with a turn's gradient, and why, in words.
+
+    A gradient that only the factor on the loss has made too large is no fault of the step: the guard is not asked.
+    """
+    if turn.scale is not None and math.isfinite(loss):
+        factor = float(turn.scale.factor)
+        turn.scale.update(not math.isfinite(norm))
+        if not math.isfinite(norm):
+            return "skip", f"its gradient overflows where the loss is multiplied by {factor:g}"
+    if number == 0:
+        return run.guard.judge(loss, norm)
     whole = math.isfinite(loss) and math.isfinite(norm)
     return ("go on", "") if whole else ("stop", f"loss {loss}, gradient norm {norm}")
 
@@ -408,19 +434,21 @@ def _seed(run: Run, step: int) -> int:
     return (run.seed * 1_000_003 + step) * run.mesh.plan.readers + run.mesh.reader
 
 
-def _validate(run: Run, step: int, noted: Progress) -> float:
+def _validate(run: Run, step: int, noted: Progress) -> tuple[float, dict[str, float]]:
+    """The loss on what is not learned, and the figures besides it."""
     assert run.validation is not None
     run.alive(step, "validation")
     average = run.turns[0].average
     for model in run.replica.models:
         model.eval()
     with torch.no_grad(), average.swapped() if average is not None else nullcontext():
-        loss = run.validation.measure()
+        loss, quality = run.validation.measure(), run.validation.quality()
     for model in run.replica.models:
         model.train()
     if step % run.validation.every == 0:  # what only ends a run leaves no trace in one that goes on
         noted.observe(step, loss)
         run.validation.observe(loss)
     if run.mesh.rank == 0:
-        say(f"{run.label}: step {step}, validation loss {loss:.4f}")
-    return loss
+        shown = "".join(f", {name} {value:.4f}" for name, value in quality.items())
+        say(f"{run.label}: step {step}, validation loss {loss:.4f}{shown}")
+    return loss, quality

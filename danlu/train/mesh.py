@@ -73,15 +73,18 @@ class Mesh:
         group = self.group("context")
         return None if group is None else Ring(group, self.plan.context, self.place("context"))
 
-    def sharding(self, experts: bool = False) -> DeviceMesh | None:
-        """The processes over which FSDP lays weights (of experts, or the others); None where each holds its own."""
+    def sharding(self, experts: bool = False, always: bool = False) -> DeviceMesh | None:
+        """The processes over which FSDP lays weights (of experts, or the others).
+
+        None where each holds its own; with `always`, only where there is no process group.
+        """
         mesh = self.sparse if experts else self.dense
         if mesh is None:
             return None
         copies = mesh["replicate"].size()
         if copies > 1:
             return mesh["replicate", "shard"]
-        return mesh["shard"] if self.plan.shard > 1 else None
+        return mesh["shard"] if self.plan.shard > 1 or always else None
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes; the same bits on each."""

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from danlu.data.corpus_settings import CorpusSettings
+from danlu.data.rows_settings import RowsSettings
+from danlu.data.text_settings import TextSettings
 from danlu.model.initialize import Scheme
 from danlu.plan.plan import Plan
 from danlu.settings import Settings, Share
+from danlu.train.exchange.settings import ApartSettings
 from danlu.train.guard import GuardSettings
 from danlu.train.jobs import JobSettings
 from danlu.train.launch import LaunchSettings
 from danlu.train.offloading.offload import OffloadSettings
 from danlu.train.optimizing.settings import OptimizerSettings, ScheduleSettings
+from danlu.train.precision import Choice
 from danlu.train.recompute import Recompute
+from danlu.train.scaling import ScalingSettings
+from danlu.train.settings import Compile
+
+TextKind = Literal["next_token", "masked_tokens", "spans"]
+RowKind = Literal[
+    "classification",
+    "token_classification",
+    "question_answering",
+    "regression",
+    "sequence_to_sequence",
+    "contrastive",
+]
+Kind = Literal[TextKind, RowKind]
+TEXT_KINDS: tuple[str, ...] = get_args(TextKind)
 
 
 class ModelSettings(Settings):
@@ -47,10 +64,12 @@ class ModelSettings(Settings):
 class ObjectiveSettings(Settings):
     """What is minimised."""
 
-    kind: Literal["next_token", "masked_tokens", "spans"] = Field(
+    kind: Kind = Field(
         "next_token",
-        description="the next token (GPT); tokens hidden one by one (BERT, arXiv:1810.04805); spans (T5,"
-        " arXiv:1910.10683)",
+        description="of text: the next token (GPT), tokens hidden one by one (BERT, arXiv:1810.04805), spans (T5,"
+        " arXiv:1910.10683); of rows: the label of each (classification) or of each word (token_classification), where"
+        " an answer stands (question_answering), a number (regression), what is to be written (sequence_to_sequence),"
+        " or which texts belong together (contrastive, arXiv:2104.08821)",
     )
     smoothing: Share = Field(
         0.0, ge=0, lt=1, description="share of each target's probability given to all words alike (arXiv:1512.00567)"
@@ -58,6 +77,45 @@ class ObjectiveSettings(Settings):
     z: float = Field(0.0, ge=0, description="weight of the logits' squared log-sum-exp (arXiv:2204.02311)")
     hidden: Share = Field(0.15, gt=0, lt=1, description="share of the tokens that are hidden (masked_tokens, spans)")
     span: float = Field(3.0, ge=1, description="tokens of a hidden span, on average (spans)")
+    weights: dict[str, float] = Field(
+        {}, description="what the loss of a label is multiplied by, by its name; 1 for those not named"
+    )
+    teacher: str | None = Field(
+        None,
+        min_length=1,
+        description="a trained model with the same words or labels, named as a base is, whose probabilities are learned"
+        " besides (arXiv:1503.02531)",
+    )
+    temperature: float | None = Field(
+        None,
+        gt=0,
+        description="what logits are divided by before they are compared with the teacher's, by default 2; with"
+        " contrastive what cosines are divided by, by default 0.05",
+    )
+    share: Share = Field(0.5, ge=0, le=1, description="of the loss, the teacher's")
+    symmetric: bool = Field(False, description="second texts must find their first ones, too (contrastive)")
+
+    @model_validator(mode="after")
+    def _only_what_has_an_effect(self) -> ObjectiveSettings:
+        labels, words = ("classification", "token_classification"), (*TEXT_KINDS, "sequence_to_sequence")
+        kinds: dict[str, tuple[str, ...]] = {
+            "smoothing": (*words, *labels),
+            "z": (*words, *labels),
+            "hidden": ("masked_tokens", "spans"),
+            "span": ("spans",),
+            "weights": labels,
+            "teacher": (*words, *labels),
+            "temperature": ("contrastive",) if self.teacher is None else (*words, *labels),
+            "share": () if self.teacher is None else (*words, *labels),
+            "symmetric": ("contrastive",),
+        }
+        for name, having in kinds.items():
+            if getattr(self, name) != type(self).model_fields[name].default and self.kind not in having:
+                lacking = " without a teacher" if name in ("temperature", "share") and self.teacher is None else ""
+                raise ValueError(f"{name} has no effect where kind is {self.kind}{lacking}")
+        if any(not 0 < weight < float("inf") for weight in self.weights.values()):
+            raise ValueError("weights of labels are numbers above 0")
+        return self
 
 
 class BatchSettings(Settings):
@@ -72,6 +130,12 @@ class BatchSettings(Settings):
         (),
         description="windows that grow, as [[0, 64], [1000, 256]]: from step 0 of 64 tokens, from step 1000 of 256;"
         " the tokens of a step stay rows x window",
+    )
+    alike: int = Field(
+        1,
+        ge=1,
+        description="rows of so many steps are drawn together and put into batches by length, so that less is padded"
+        " (objectives that learn from rows)",
     )
 
 
@@ -90,14 +154,36 @@ class ValidationSettings(Settings):
     """Measuring on what is held out."""
 
     every: int = Field(100, gt=0, description="steps between measurements; the run also ends with one")
-    rows: int = Field(64, gt=0, description="rows that are measured, the same every time")
+    rows: int = Field(64, gt=0, description="rows that are measured, the same every time, in whole batches")
     patience: int | None = Field(
         None, ge=0, description="measurements that may be no better than the best before the run ends early"
     )
 
 
+class TestSettings(Settings):
+    """Measuring the finished model on the rows of the test side, once, in one process."""
+
+    __test__ = False  # no test case, whatever its name says to pytest
+
+    rows: int = Field(64, gt=0, description="rows computed together")
+    beams: int = Field(1, ge=1, description="answers followed at once (sequence_to_sequence); 1 is greedy search")
+    length_penalty: float = Field(1.0, ge=-10, le=10, description="above 0 longer answers gain, with several beams")
+    tokenize: Literal["auto", "13a", "intl", "char", "zh"] = Field(
+        "auto", description="how sacrebleu cuts words for BLEU; auto takes zh where most letters are Chinese, else 13a"
+    )
+
+
+def _data_kind(value: Any) -> str:
+    """Rows have a side to train on, text has sources."""
+    rows = isinstance(value, RowsSettings) or (isinstance(value, dict) and ("train" in value or "format" in value))
+    return "rows" if rows else "text"
+
+
+Data = Annotated[Annotated[TextSettings, Tag("text")] | Annotated[RowsSettings, Tag("rows")], Discriminator(_data_kind)]
+
+
 class TrainRecipe(Settings):
-    """A model trained from text: from which, how, and on how many processes."""
+    """A model trained from text or from rows: from which, how, and on how many processes."""
 
     name: str = Field(
         pattern=r"^\w[\w.-]*$",
@@ -106,7 +192,7 @@ class TrainRecipe(Settings):
     )
     seed: int = Field(0, ge=0, lt=2**32, description="decides every random choice")
     model: ModelSettings = Field(description="which model learns")
-    data: CorpusSettings = Field(description="which texts are learned from, in which tokens")
+    data: Data = Field(description="which texts or rows are learned from, in which tokens")
     batch: BatchSettings = Field(BatchSettings(), description="what a step learns from")
     objective: ObjectiveSettings = Field(ObjectiveSettings(), description="what is minimised")
     steps: int = Field(gt=0, description="optimizer steps")
@@ -116,8 +202,16 @@ class TrainRecipe(Settings):
         0.0, ge=0, lt=1, description="share of features that training hides, in place of what the model's shape says"
     )
     drop_path: Share = Field(0.0, ge=0, lt=1, description="share of rows that skip the last layer (arXiv:1603.09382)")
-    precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="of the computation; master weights are fp32; auto takes bf16 where it measures faster"
+    precision: Choice = Field(
+        "auto",
+        description="of the computation; master weights are fp32; auto takes bf16 where it measures faster than fp32;"
+        " float8 is for products of linear layers, on GPUs that have it, and bf16 for the rest",
+    )
+    scaling: ScalingSettings = Field(
+        ScalingSettings(), description="the factor on the loss that keeps small gradients from vanishing (fp16)"
+    )
+    compile: Compile = Field(
+        "auto", description="compile each block; auto does where the run is long enough to win back the time it takes"
     )
     recompute: Recompute = Field(
         "none", description="activations computed again in the backward pass: none, all but the dear ones, or full"
@@ -128,8 +222,12 @@ class TrainRecipe(Settings):
     )
     checkpoints: CheckpointSettings = Field(CheckpointSettings(), description="what is kept to resume from")
     validation: ValidationSettings = Field(ValidationSettings(), description="measuring on what is held out")
+    test: TestSettings = Field(TestSettings(), description="measuring the finished model on the test side")
     guard: GuardSettings = Field(GuardSettings(), description="when a step counts as wrong, and what is done then")
     launch: LaunchSettings = Field(LaunchSettings(), description="how many processes, where, and when one fails")
+    apart: ApartSettings | None = Field(
+        None, description="this run is one of several workers that exchange weights through a directory now and then"
+    )
     job: JobSettings = Field(JobSettings(), description="what a job on a cluster needs (danlu train --job)")
 
     @field_validator("plan", mode="before")
@@ -137,8 +235,62 @@ class TrainRecipe(Settings):
     def _short_plan(cls, value: Any) -> Any:
         return Plan.parse(value) if isinstance(value, str) else value
 
+    @model_validator(mode="after")
+    def _data_of_its_kind(self) -> TrainRecipe:
+        kind, rows = self.objective.kind, self.data if isinstance(self.data, RowsSettings) else None
+        if (rows is None) != (kind in TEXT_KINDS):
+            wanted = "sources of text" if kind in TEXT_KINDS else "rows: train, heldout and their format"
+            raise ValueError(f"objective.kind {kind} learns from {wanted}, which data does not name")
+        if rows is None:
+            if self.batch.alike != 1:
+                raise ValueError("batch.alike is for rows; the windows of text are all of one length")
+            return self
+        if kind not in rows.kinds:
+            raise ValueError(f"rows of format {rows.format} are not for {kind}, but for {', '.join(rows.kinds)}")
+        if rows.vocabulary is None and self.model.base is None:
+            raise ValueError("data.vocabulary is missing: a new model needs to be told how text becomes tokens")
+        if rows.vocabulary is not None and self.model.base is not None:
+            raise ValueError("a base has the vocabulary it has; leave out data.vocabulary")
+        if self.batch.growing or not self.batch.cross_documents or self.batch.window != BatchSettings().window:
+            raise ValueError("batch.window, growing and cross_documents are for text; rows have data.limit")
+        return self
+
+    @model_validator(mode="after")
+    def _scales_what_is_fp16(self) -> TrainRecipe:
+        if self.precision != "fp16" and self.scaling != ScalingSettings():
+            raise ValueError(f"scaling has no effect where precision is {self.precision}")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_a_worker(self) -> TrainRecipe:
+        if self.apart is None:
+            return self
+        if self.batch.rows % self.apart.workers:
+            raise ValueError(f"batch.rows {self.batch.rows} is no multiple of apart.workers {self.apart.workers}")
+        if self.apart.deadline >= self.launch.hang.timeout:
+            what = f"apart.deadline {self.apart.deadline:g} s is no less than launch.hang.timeout"
+            raise ValueError(f"{what} {self.launch.hang.timeout:g} s: a worker that waits would count as hung")
+        if self.offload.state != "none":
+            raise ValueError(f"offload.state {self.offload.state}: workers (apart) exchange what lies in memory")
+        return self
+
+    @property
+    def own_rows(self) -> int:
+        """Rows a step of this run: all of them or, of a worker, its share."""
+        return self.batch.rows // (1 if self.apart is None else self.apart.workers)
+
     def beside(self, folder: Path) -> TrainRecipe:
         """The same recipe with relative file paths starting at `folder`."""
         away = self.offload.folder
         offload = self.offload.model_copy(update={"folder": None if away is None else folder / away})
-        return self.model_copy(update={"data": self.data.beside(folder), "offload": offload})
+        located: dict[str, Any] = {"data": self.data.beside(folder), "offload": offload}
+        located["model"] = self.model.model_copy(update={"base": _whole(self.model.base)})
+        located["apart"] = None if self.apart is None else self.apart.beside(folder)
+        located["objective"] = self.objective.model_copy(update={"teacher": _whole(self.objective.teacher)})
+        return self.model_copy(update=located)
+
+
+def _whole(model: str | None) -> str | None:
+    """How a model is named; the whole path of what stands here, as runs/NAME does."""
+    place = Path(model).expanduser() if model is not None else None
+    return str(place.resolve()) if place is not None and place.exists() else model

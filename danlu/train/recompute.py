@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from danlu.model import tiled_attention  # noqa: F401  it registers an operator that is named below
-from danlu.model.transformer import Notes
+from danlu.model.transformer import Notes, Stack
 
 Recompute = Literal["none", "selective", "full"]
 # What is dear to compute and is kept by selective recomputing: matrix products and attention. Norms, activations and
@@ -25,6 +25,15 @@ DEAR = (
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 )
+# Attention probabilities to keep on a CPU, a query and head; 320 are all of them in rows of 512 tokens.
+KEPT_PROBABILITIES = 320
+
+
+def keep_probabilities(model: nn.Module) -> None:
+    """Let attention on a CPU keep probabilities for the backward pass where there is memory for them."""
+    for module in model.modules():
+        if isinstance(module, Stack):
+            module.keep_probabilities = KEPT_PROBABILITIES
 
 
 def recompute_blocks(blocks: Sequence[nn.Module], how: Recompute) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import Any
 
@@ -15,12 +16,14 @@ from torch.distributed.tensor import DTensor
 
 from danlu.errors import DanluError
 from danlu.model.transformer import Block
+from danlu.train.compiling import compile_blocks
 from danlu.train.learner import Learner, StageLearner
 from danlu.train.mesh import Mesh
 from danlu.train.optimizer import square_sum
 from danlu.train.parallelize import shard, split
 from danlu.train.pipelined import TIED, make_schedule, stages_of, tied_group
 from danlu.train.recompute import Recompute, recompute_blocks
+from danlu.train.waiting import Lookout
 from danlu.train.watch import Clock
 
 PREFIX = "model."  # before the names of a model's weights in its learner
@@ -36,8 +39,13 @@ class Replica:
         rows, length: of the batch that this process gets in a step, before rows are cut; for models of a family.
         dtype: what is computed in, where weights are laid out over processes.
         recompute: what the backward pass computes again.
+        compiled: whether blocks are compiled.
         offload: see `danlu.train.parallelize.shard`.
         batch: the class of batches, for a pipeline.
+
+    Attributes:
+        factor: what losses are multiplied by on their way back, and so the gradients that are left on the weights.
+        lookout: measures what the first of several processes waits for; None on the others.
     """
 
     def __init__(
@@ -50,16 +58,21 @@ class Replica:
         length: int = 1,
         dtype: torch.dtype = torch.float32,
         recompute: Recompute = "none",
+        compiled: bool = False,
         batch: type | None = None,
         offload: OffloadPolicy | None = None,
     ) -> None:
         mesh = mesh or Mesh()
         self.mesh, self.plan, self.clock = mesh, mesh.plan, Clock()
+        self.lookout = Lookout(self.clock, mesh.device) if mesh.world > 1 and mesh.rank == 0 else None
+        self.factor = 1.0
         width = getattr(getattr(model, "config", None), "width", 0)
         if recompute == "selective" and self.plan.schedule == "zero-bubble":
             what = "a zero-bubble pipeline goes backward twice; selective recomputing keeps nothing for the second time"
             raise DanluError(what, where="recompute", fix="set recompute to full or none")
-        parts = split(model, mesh, length)
+        parts = split(model, mesh, length, dtype)
+        for part in parts if compiled else ():
+            compile_blocks(part)
         recompute_blocks([inner for part in parts for inner in part.modules() if isinstance(inner, Block)], recompute)
         self.learners: list[Learner | StageLearner] = []
         self.stages: list[int] = []
@@ -112,7 +125,7 @@ class Replica:
         }
 
     def gradients(self, batch: Any, count: int, turn: int = 0) -> Tensor:
-        """Add the gradient of a step's rows to the weights.
+        """Add the gradient of a step's rows, times `factor`, to the weights.
 
         Args:
             batch: this process's rows.
@@ -123,11 +136,12 @@ class Replica:
         whole batch's.
         """
         batch = self._cut_rows(batch)
-        if self.schedule is None:
-            total = self._straight(batch, count, turn)
-        else:
-            with self.clock.phase("forward and backward"):
-                total = self._pipelined(batch, count)
+        with nullcontext() if self.lookout is None else self.lookout.step():
+            if self.schedule is None:
+                total = self._straight(batch, count, turn)
+            else:
+                with self.clock.phase("forward and backward"):
+                    total = self._pipelined(batch, count)
         with self.clock.phase("communication"):
             self._finish()
         return total / self.plan.tensor
@@ -140,7 +154,7 @@ class Replica:
         """
         sums = torch.zeros(2, dtype=torch.float64)
         for batch in batches:
-            own = self._cut_rows(batch)
+            own = self._cut_rows(batch.to(self.mesh.device))
             with self.clock.phase("validation"):
                 loss = self._loss(own) if self.schedule is None else self._through_stages(own)
             sums += torch.stack((loss / self.plan.tensor, torch.tensor(batch.count * self._share, dtype=torch.float64)))
@@ -196,7 +210,7 @@ class Replica:
     def _straight(self, batch: Any, count: int, turn: int) -> Tensor:
         [learner] = self.learners
         parts = batch.split(self.plan.micro_batches)
-        total = torch.zeros((), dtype=torch.float64)
+        losses = []
         for number, part in enumerate(parts):
             if isinstance(learner, FSDPModule):
                 last = number + 1 == len(parts)
@@ -207,14 +221,14 @@ class Replica:
                 loss, penalty = learner(part, turn)
             with self.clock.phase("backward"):
                 # Tensor processes each make the whole penalty, of which gradients are summed.
-                ((loss + penalty / self.plan.tensor) / max(count, 1)).backward()
-            total += loss.detach().double().cpu()
-        return total
+                ((loss + penalty / self.plan.tensor) / max(count, 1) * self.factor).backward()
+            losses.append(loss.detach().double())
+        return torch.stack(losses).sum().cpu()  # an accelerator is waited for once a step, not for every part
 
     def _pipelined(self, batch: Any, count: int) -> Tensor:
         for learner in self.learners:
             assert isinstance(learner, StageLearner)
-            learner.scale = 1 / max(count, 1)
+            learner.scale = self.factor / max(count, 1)
             learner.penalty_scale = learner.scale / self.plan.tensor
             learner.total = torch.zeros((), dtype=torch.float64)
         inputs = _filled(batch)

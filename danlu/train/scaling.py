@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from danlu.errors import DanluError
+from danlu.errors import DanluError, need_extra
 from danlu.settings import Settings
 from danlu.train.optimizing.parts import local
 
@@ -72,28 +73,33 @@ class LossScale:
         return {"loss_scale": self.factor, "loss_scale.good": self.good}
 
 
-def to_float8(model: nn.Module) -> None:
-    """Let the linear layers of a model multiply in float8, forward and backward, each tensor scaled as it comes.
-
-    Routers stay as they are, and layers whose sizes float8's matrix units cannot take: no multiples of 16.
-
-    Raises DanluError where torchao or the hardware is missing.
-    """
+def require_float8() -> None:
+    """Raise DanluError where float8 cannot be computed in here: hardware or torchao is missing."""
     found = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     if found is None or found < (8, 9):
         here = "there is no CUDA GPU" if found is None else f"this GPU has {found[0]}.{found[1]}"
         what = f"float8 needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), and {here}"
         raise DanluError(what, where="precision", fix="set precision to bf16")
-    try:
-        float8 = import_module("torchao.float8")
-    except ImportError:
-        raise DanluError("float8 needs torchao", where="precision", fix="pip install 'torchao>=0.18'") from None
-    float8.convert_to_float8_training(model, module_filter_fn=_fits_float8)
+    if find_spec("torchao") is None:
+        raise need_extra("torchao", "float8")
+
+
+def to_float8(model: nn.Module) -> None:
+    """Let the linear layers of a model multiply in float8, forward and backward, each tensor scaled as it comes.
+
+    To be called before weights are laid out over processes. Their names and the weights themselves stay. Routers stay
+    as they are, as do layers whose sizes float8's matrix units cannot take: no multiples of 16.
+
+    Raises DanluError where torchao or the hardware is missing.
+    """
+    require_float8()
+    float8 = import_module("torchao.float8")
+    padded = float8.Float8LinearConfig(pad_inner_dim=True)  # for batches whose tokens are no multiple of 16
+    float8.convert_to_float8_training(model, module_filter_fn=_fits_float8, config=padded)
 
 
 def _fits_float8(module: nn.Module, name: str) -> bool:
-    if not isinstance(module, nn.Linear) or name.endswith(
-        "router"
-    ):  # which expert is chosen hangs on small differences
+    # Which expert is chosen hangs on small differences.
+    if not isinstance(module, nn.Linear) or name.endswith("router"):
         return False
     return module.in_features % 16 == 0 and module.out_features % 16 == 0

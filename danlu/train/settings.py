@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from danlu.settings import Settings, Share
 
+Compile = Literal["auto", "on", "off"]
 LINEAR_LAYERS = ("blocks.*.attention.*", "blocks.*.feedforward.*")
 
 
@@ -50,7 +51,7 @@ class TuneSettings(Settings):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="of the computation; master weights are fp32; auto takes bf16 where it measures faster"
     )
-    compile: Literal["auto", "on", "off"] = Field(
+    compile: Compile = Field(
         "auto", description="compile each block; auto does where the run is long enough to win back the time it takes"
     )
     checkpoint_steps: int = Field(10, gt=0, description="steps between checkpoints to resume from")

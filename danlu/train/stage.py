@@ -22,7 +22,7 @@ from danlu.model.lora import add_lora, freeze, merge_lora, train_only
 from danlu.model.peft import save_adapter
 from danlu.model.transformer import Decoder
 from danlu.plan.plan import Plan
-from danlu.train.compiling import choose_compile, compile_blocks
+from danlu.train.compiling import choose_compile, parameters
 from danlu.train.loop import Run, Turn, train
 from danlu.train.memory import kept_memory
 from danlu.train.mesh import Mesh
@@ -30,14 +30,12 @@ from danlu.train.objective import next_token
 from danlu.train.optimizer import Optimizer, masters_of
 from danlu.train.optimizing.settings import OptimizerSettings
 from danlu.train.precision import choose_precision
+from danlu.train.recompute import keep_probabilities
 from danlu.train.replica import Replica
 from danlu.train.schedule import learning_rate
 from danlu.train.settings import TuneSettings
 from danlu.train.state import Checkpoints
 
-# Attention probabilities to keep, a query and head, while adapters learn: without masters and moments of all weights
-# there is memory to spare. 320 are all of them in rows of 512 tokens.
-KEEP_PROBABILITIES = 320
 ADAPTERS = ("lora", "dora")  # the methods that train adapters
 
 
@@ -67,10 +65,8 @@ def tune(settings: TuneSettings, base: Checkpoint, data: Path, out: Path, seed: 
 
     model = prepare(settings, base, dtype, seed)
     mesh = Mesh(Plan(micro_batches=settings.batch_rows // (settings.micro_rows or settings.batch_rows)))
-    replica = Replica(model, [next_token], mesh, rows=settings.batch_rows, length=rows.window)
+    replica = Replica(model, [next_token], mesh, rows=settings.batch_rows, length=rows.window, compiled=compiled)
     optimizer = Optimizer(*masters_of(model, dtype), optimizer_settings(settings))
-    if compiled:
-        compile_blocks(model)
     trainable = sum(tensor.numel() for tensor in optimizer.masters.values())
     epochs = steps * settings.batch_rows / len(rows)
     say(
@@ -118,7 +114,7 @@ def prepare(settings: TuneSettings, base: Checkpoint, dtype: torch.dtype, seed: 
     """
     if settings.method in ADAPTERS:
         model = base.load(dtype)
-        model.keep_probabilities = KEEP_PROBABILITIES
+        keep_probabilities(model)  # without masters and moments of all weights there is memory to spare
         add_lora(
             model,
             rank=settings.rank,
@@ -154,8 +150,10 @@ def _decide(settings: TuneSettings, base: Checkpoint, tokens: int, note: Path) -
         decided = json.loads(note.read_text(encoding="utf-8"))
     else:
         dtype, why = choose_precision(settings.precision)
-        flops = 4 if settings.method in ADAPTERS else 6  # chosen weights count as all, of which they may be most
-        compiled, reason = choose_compile(settings.compile, base.config, tokens, flops, dtype)
+        # 6 a weight and token where all learn, 4 where only adapters do (arXiv:2001.08361); of partial tuning's weights
+        # it is not known how many are left, and they may be most.
+        flops = (4 if settings.method in ADAPTERS else 6) * parameters(base.config) * tokens
+        compiled, reason = choose_compile(settings.compile, flops, dtype)
         decided = {"bf16": dtype == torch.bfloat16, "compile": compiled, "precision": why, "compiling": reason}
         note.parent.mkdir(parents=True, exist_ok=True)
         write_json(note, decided)

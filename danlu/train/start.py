@@ -44,8 +44,10 @@ def start(
     )
     if done["ended"] != "stopped" and int(os.environ.get("RANK", "0")) == 0:
         from danlu.train.export import export
+        from danlu.train.tasks.task import measure_test
 
         done["model"] = str(export(home, home / "model").out)
+        done |= measure_test(home)
     return done
 
 

@@ -9,7 +9,7 @@ sequence parallelism, cut along the row (arXiv:2205.05198).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -79,10 +79,12 @@ class Stream:
     Attributes:
         mesh: those that share every matrix.
         placement: `Shard(1)` where the tokens are shared out, `Replicate()` where each has all.
+        overlap: what is exchanged is waited for only when it is used, here and on the way back.
     """
 
     mesh: DeviceMesh
     placement: Placement
+    overlap: bool = False
 
     @property
     def cut(self) -> bool:
@@ -95,13 +97,15 @@ class Stream:
             summed: each process makes a part of the result's gradient; otherwise each makes the whole.
         """
         whole = DTensor.from_local(x, self.mesh, [self.placement], run_check=False).redistribute(
-            placements=[Replicate()]
+            placements=[Replicate()], async_op=self.overlap
         )
         return whole.to_local(grad_placements=[Partial() if summed else Replicate()])
 
     def leave(self, x: Tensor) -> Tensor:
         """Sum what each process has made, [B, T, width], back into the stream."""
-        made = DTensor.from_local(x, self.mesh, [Partial()], run_check=False).redistribute(placements=[self.placement])
+        made = DTensor.from_local(x, self.mesh, [Partial()], run_check=False).redistribute(
+            placements=[self.placement], async_op=self.overlap
+        )
         return made.to_local(grad_placements=[self.placement])
 
     def own(self, x: Tensor) -> Tensor:
@@ -145,13 +149,17 @@ def _cut(weight: nn.Parameter, mesh: DeviceMesh, placements: list[Placement]) ->
     return nn.Parameter(made, requires_grad=weight.requires_grad)
 
 
-def split_model(model: Model, mesh: DeviceMesh, sequence: bool) -> None:
+def split_model(model: Model, mesh: DeviceMesh, sequence: bool, overlap: bool = False) -> None:
     """Let the processes of a mesh compute a model together whose weights `distribute` has cut.
 
     Args:
         sequence: share the tokens out between the matrices. Stacks over images never do: their places are odd in
             number.
+        overlap: blocks compute two halves of the rows by turns.
     """
+    for module in model.modules():
+        if isinstance(module, Stack):
+            module.halved = overlap
     if isinstance(model, EncoderPair):
         for tower in (model.text, model.image):
             _split_tower(tower, mesh, sequence)
@@ -209,7 +217,7 @@ def _split_stack(stack: Stack, stream: Stream, summed: bool, last: bool = True) 
     """Args: summed: see `Stream.enter`, of what comes out; last: the stack's last block is here."""
     for block in stack.blocks.children():
         assert isinstance(block, Block)
-        _split_block(block, stream)
+        _split_block(block, replace(stream, overlap=stack.halved))
     if stack.relative is not None:
         compute_locally(stack.relative, _weights(stack.relative, summed=False), "square")
         compute_locally(stack.relative, _weights(stack.relative, summed=False))

@@ -6,16 +6,19 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from danlu.artifact import peak_memory
 from danlu.console import say
+
+MARK = "phase of a step: "
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,13 @@ class Record:
         memory_bytes: the most that a process has held so far: in RAM, or on its accelerator.
         batch: hash of the whole batch's token ids, in the order of its rows.
         mfu: share of the measured rate of matrix products that the model's own operations made up, or None.
-        phases: seconds of the first process in data, forward, backward, communication and optimizer. What is sent
-            within the forward and the backward pass counts there.
+        phases: seconds of the first process in data, forward, backward, communication and optimizer, and, since the
+            step before, in validation and in standing still for a checkpoint. What is sent within the forward and the
+            backward pass counts there; now and then "waiting in forward" and the like say how much of a phase of this
+            step that was (see `danlu.train.waiting`).
         skipped: why the weights were not updated, or None.
         validation: loss on what is not learned, where it was measured after this step.
+        quality: figures besides that loss, by name, measured with it.
         turns: loss, learning rate and gradient norm of each turn after the first.
     """
 
@@ -53,6 +59,7 @@ class Record:
     phases: dict[str, float] = field(default_factory=dict)
     skipped: str | None = None
     validation: float | None = None
+    quality: dict[str, float] = field(default_factory=dict)
     turns: list[dict[str, float]] = field(default_factory=list)
 
     def plain(self) -> dict[str, Any]:
@@ -94,6 +101,8 @@ class Watch:
                 value = getattr(record, name)
                 if value is not None:
                     self.board.add_scalar(f"{self.label}/{name}", value, record.step)
+            for name, value in record.quality.items():
+                self.board.add_scalar(f"{self.label}/{name}", value, record.step)
 
     def __enter__(self) -> Watch:
         return self
@@ -110,15 +119,26 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
+        self._marks = False
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """What happens inside counts for a phase."""
         started = time.perf_counter()
         try:
-            yield
+            with record_function(MARK + name) if self._marks else nullcontext():
+                yield
         finally:
             self.seconds[name] += time.perf_counter() - started
+
+    @contextmanager
+    def marking(self) -> Iterator[None]:
+        """Inside, a profiler sees the phases, under names that begin with `MARK`."""
+        self._marks = True
+        try:
+            yield
+        finally:
+            self._marks = False
 
     def take(self) -> dict[str, float]:
         """What was counted since the last time, rounded to microseconds."""

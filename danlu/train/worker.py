@@ -4,48 +4,50 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from danlu.artifact import write_json
 from danlu.console import say
-from danlu.data.corpus import Corpus, Crops, build_corpus
-from danlu.data.corrupt import MaskedStream, Masking, SpanCorruption, SpanStream
-from danlu.data.mixing import Batches, MixtureStream, growing
-from danlu.data.pairs import PairBatch
-from danlu.data.stream import Batch
+from danlu.data.rows_settings import RowsSettings
 from danlu.errors import DanluError
 from danlu.model.checkpoint import StoredModel
-from danlu.model.config import AnyConfig, EncoderDecoderConfig, ModelConfig
+from danlu.model.config import AnyConfig
 from danlu.model.costs import TRAINING, costs_by_layer
-from danlu.model.families.known import family_of
-from danlu.model.initialize import initialize, mup_config, mup_multipliers
-from danlu.model.transformer import Decoder, Encoder, Model, make_model
+from danlu.model.initialize import mup_multipliers, starts
+from danlu.model.mixture import Mixture
+from danlu.model.stored import Make, without_memory
+from danlu.model.transformer import Decoder, Encoder, Model
 from danlu.plan.plan import Plan, Work, check
-from danlu.tokenizer import Tokenizer
+from danlu.train.compiling import choose_compile
 from danlu.train.ema import Average
+from danlu.train.exchange.rows import share_rows
 from danlu.train.groups import group_weights
 from danlu.train.guard import Guard
+from danlu.train.local_steps import LocalSteps
 from danlu.train.loop import Done, Run, Turn, Validation, train
+from danlu.train.memory import kept_memory
 from danlu.train.mesh import Mesh, make_mesh
-from danlu.train.objective import Words
 from danlu.train.offloading.offload import Offload
-from danlu.train.precision import choose_precision, gemm_rate
+from danlu.train.precision import Precision, gemm_rate
 from danlu.train.rank import Rank
 from danlu.train.recipe import TrainRecipe
+from danlu.train.recompute import keep_probabilities
 from danlu.train.replica import Replica
+from danlu.train.scaling import LossScale, require_float8, to_float8
 from danlu.train.schedule import Schedule
 from danlu.train.state import CHECKPOINTS, Checkpoints
+from danlu.train.tasks.shape import model_config, take_over
+from danlu.train.tasks.task import Task, make_task
+from danlu.train.weights import masters_and_copies, start_weights
 
-CORPUS, RECIPE, DECISIONS = "corpus", "recipe.json", "decisions.json"
+DECISIONS = "decisions.json"
 
 
 def work(
@@ -67,7 +69,8 @@ def work(
     device = _device(rank)
     begun = rank.world > 1 and not dist.is_initialized()  # Ray makes the group itself
     if begun:
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        # Counts and hashes are summed in RAM, gradients where they lie.
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank.number, world_size=rank.world)
     try:
         return _train(settings, home, rank, device, complete(plan or {}, rank.world), steps or settings.steps)
@@ -94,20 +97,27 @@ def _train(
     settings: TrainRecipe, home: Path, rank: Rank, device: torch.device, plan: Plan, steps: int
 ) -> dict[str, Any]:
     first = rank.number == 0
+    if settings.precision == "float8":
+        require_float8()
     if plan.world != rank.world:
         if not first:
             dist.barrier()  # until the first process, which knows the model, has refused the plan for all
-        config = model_config(settings, _corpus(settings, home).tokenizer)
-        check(plan, Work(config, settings.batch.rows, settings.batch.window), rank.world)
+        task = make_task(settings, home)
+        check(plan, Work(model_config(settings, task), settings.own_rows, task.length), rank.world)
     mesh = make_mesh(plan, device)
-    corpus = _together(mesh, lambda: _corpus(settings, home), first)
-    config = model_config(settings, corpus.tokenizer)
-    check(mesh.plan, Work(config, settings.batch.rows, settings.batch.window), rank.world)
-    dtype = _together(mesh, lambda: _precision(settings, home, device), first)
-    run = make_run(settings, home, mesh, corpus, config, dtype, rank, steps)
+    task = _together(mesh, lambda: make_task(settings, home), first)
+    config = model_config(settings, task)
+    check(mesh.plan, Work(config, settings.own_rows, task.length), rank.world)
+    task.check(mesh.plan)
+    precision = _together(mesh, lambda: _precision(settings, home, device), first)
+    run = make_run(settings, home, mesh, task, config, precision, rank, steps)
     if first:
-        _tell(run, config, dtype)
-    done = train(run)
+        _tell(run, config, precision.dtype)
+    # What is put away is to leave memory at once.
+    memory = kept_memory() if settings.offload.state == "none" else nullcontext()
+    updates = run.turns[0].optimizer
+    with memory, updates if isinstance(updates, LocalSteps) else nullcontext():  # who ends is waited for no longer
+        done = train(run)
     return _summary(home, done, run)
 
 
@@ -124,84 +134,83 @@ def _together(mesh: Mesh, make: Callable[[], Any], first: bool) -> Any:
     return made
 
 
-def _corpus(settings: TrainRecipe, home: Path) -> Corpus:
-    """The tokens, built once."""
-    folder, note = home / CORPUS, home / RECIPE
-    if (folder / "index.json").exists():
-        known = json.loads(note.read_text(encoding="utf-8"))["data"]
-        if known != settings.data.plain():
-            what = "was made from other data settings than the recipe's"
-            raise DanluError(what, where=folder, fix="use the recipe of that run, or another --out")
-    else:
-        home.mkdir(parents=True, exist_ok=True)
-        build_corpus(settings.data, folder)
-        write_json(note, settings.plain())
-    return Corpus.open(folder)
-
-
-def _precision(settings: TrainRecipe, home: Path, device: torch.device) -> torch.dtype:
+def _precision(settings: TrainRecipe, home: Path, device: torch.device) -> Precision:
     """Decided once a run, by measuring: a resumed run must compute as it began."""
     note = home / DECISIONS
     if not note.exists():
-        dtype, why = choose_precision(settings.precision, device.type)
-        write_json(note, {"bf16": dtype == torch.bfloat16, "precision": why})
+        write_json(note, Precision.choose(settings.precision, device.type).plain())
+    return Precision.read(json.loads(note.read_text(encoding="utf-8")))
+
+
+def _compiled(
+    settings: TrainRecipe, home: Path, plan: Plan, model: Model, flops: float, dtype: torch.dtype, device: str
+) -> bool:
+    """Whether blocks are compiled; like the precision decided once, but another plan may not allow it."""
+    reason = _why_eager(settings, plan, model)
+    if reason is not None and settings.compile == "on":
+        raise DanluError(f"the model cannot be compiled: {reason}", where="compile", fix="set compile to auto or off")
+    note = home / DECISIONS
     decided = json.loads(note.read_text(encoding="utf-8"))
-    return torch.bfloat16 if decided["bf16"] else torch.float32
+    if "compile" not in decided:
+        on, why = choose_compile(settings.compile if reason is None else "off", flops, dtype, device)
+        decided |= {"compile": on, "compiling": why if reason is None else f"off: {reason}"}
+        write_json(note, decided)
+        say(f"train: compile {decided['compiling']}")
+    return bool(decided["compile"]) and reason is None
 
 
-def model_config(settings: TrainRecipe, tokenizer: Tokenizer) -> AnyConfig:
-    """The shape of the model that learns."""
-    chosen = settings.model
-    if chosen.base is not None:
-        config = StoredModel.open(chosen.base).config
-    else:
-        keys = {"vocab_size": tokenizer.vocab_size, **chosen.shape, "architectures": [chosen.architecture]}
-        config = family_of(keys, Path("model.architecture")).config(keys, Path("model.shape"))
-    if isinstance(config, ModelConfig):
-        config = _with_dropout(settings, config)
-    elif isinstance(config, EncoderDecoderConfig):
-        config = replace(
-            config,
-            encoder=_with_dropout(settings, config.encoder),
-            decoder=_with_dropout(settings, config.decoder),
-        )
-    return mup_config(config) if chosen.start == "mup" and chosen.base is None else config
-
-
-def _with_dropout(settings: TrainRecipe, config: ModelConfig) -> ModelConfig:
-    return replace(config, dropout=settings.dropout, attention_dropout=0.0, drop_path=settings.drop_path)
+def _why_eager(settings: TrainRecipe, plan: Plan, model: Model) -> str | None:
+    """Why blocks are not compiled, in words; None where they may be."""
+    reasons = {
+        f"blocks are shared by processes, the plan is {plan.short()}": plan.world > plan.data * plan.shard,
+        "an expert gets another number of tokens every step": any(isinstance(one, Mixture) for one in model.modules()),
+        "rows differ in length": isinstance(settings.data, RowsSettings),
+        "selective recomputing keeps single products, which a compiled block does not have": settings.recompute
+        == "selective",
+        "weights lie in files": settings.offload.state == "parameters",
+        "each layer drops another share of the rows": settings.drop_path > 0,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def make_run(
     settings: TrainRecipe,
     home: Path,
     mesh: Mesh,
-    corpus: Corpus,
+    task: Task,
     config: AnyConfig,
-    dtype: torch.dtype,
+    precision: Precision,
     rank: Rank,
     steps: int,
 ) -> Run:
     """Everything that the run is made of, on this process."""
-    optimizing = settings.optimizer
+    optimizing, dtype, apart = settings.optimizer, precision.dtype, settings.apart
     offload = Offload.start(settings.offload, home / "offload", mesh.device)
     with offload.making_weights():
-        model = load_model(settings, config, mesh.device)
+        model, makers = load_model(settings, config)
+        if precision.float8:
+            to_float8(model)
+        if settings.recompute == "none":
+            keep_probabilities(model)
         multipliers = mup_multipliers(model, optimizing.mup_base_width) if optimizing.mup_base_width else None
         trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         groups = group_weights(trainable, optimizing, multipliers)
-        flops = _flops(model, settings.batch.window)
+        flops = _flops(model, task.length)
+        whole = flops * settings.own_rows * task.length * steps / mesh.world
+        decide = partial(_compiled, settings, home, mesh.plan, model, whole, dtype, mesh.device.type)
         replica = Replica(
             model,
-            [Words(settings.objective.smoothing, settings.objective.z)],
+            task.objectives(mesh),
             mesh,
-            rows=settings.batch.rows // mesh.plan.readers,
-            length=settings.batch.window,
+            rows=settings.own_rows // mesh.plan.readers,
+            length=task.length,
             dtype=dtype,
             recompute=settings.recompute,
-            batch=PairBatch if settings.objective.kind == "spans" else Batch,
+            compiled=_together(mesh, decide, rank.number == 0),
+            batch=task.batch,
             offload=offload.policy(),
         )
+        start_weights(replica, makers, offload.policy())
         masters, copies = masters_and_copies(replica, dtype)
     own_groups = {name: groups[name] for name in masters}
     optimizer = offload.make_optimizer(masters, copies, optimizing, own_groups)
@@ -210,12 +219,16 @@ def make_run(
         average = Average(optimizer, optimizing.ema, optimizing.ema_warmup) if optimizing.ema else None
     for part in replica.models:
         offload.follow(part)
+    scale = LossScale(settings.scaling) if dtype == torch.float16 else None
+    local = None
+    if apart is not None:
+        local = LocalSteps(optimizer, apart, str(apart.worker), lambda: rank.stopping.asked)
     return Run(
         replica,
-        [Turn(optimizer, schedule.rate, optimizing.clip, average)],
-        make_stream(settings, corpus, mesh),
+        [Turn(local or optimizer, schedule.rate, optimizing.clip, average, scale)],
+        task.stream(mesh if apart is None else share_rows(mesh, apart)),
         steps=steps,
-        seed=settings.seed,
+        seed=settings.seed if apart is None else settings.seed * apart.workers + apart.worker,
         checkpoints=Checkpoints(
             home / CHECKPOINTS,
             settings.checkpoints.last,
@@ -227,121 +240,39 @@ def make_run(
         out=home,
         identity={
             "seed": settings.seed,
-            "data": corpus.index["sides"]["train"],
+            "data": task.identity,
             "batch": settings.batch.plain(),
             "objective": settings.objective.plain(),
             "optimizer": optimizing.plain(),
             "schedule": [settings.schedule.plain(), settings.steps],
+            "apart": None if apart is None else {"worker": apart.worker, "workers": apart.workers},
         },
         validation=Validation(
             settings.validation.every,
-            lambda: replica.measure(heldout_batches(settings, corpus, mesh)),
+            lambda: replica.measure(task.heldout(mesh) or ()),
             schedule.observe,
             settings.validation.patience,
             (schedule.state, schedule.load),
+            lambda: task.quality(replica),
         )
-        if len(corpus.side("heldout"))
+        if task.heldout(mesh) is not None
         else None,
         guard=Guard(settings.guard, home),
         stopping=lambda: rank.stopping.asked,
         alive=rank.alive.note,
+        finish=local.finish if local is not None else lambda: None,
         flops=flops,
         ceiling=gemm_rate(dtype, device=mesh.device.type) * 1e9,
     )
 
 
-def load_model(settings: TrainRecipe, config: AnyConfig, device: torch.device) -> Model:
-    """The whole model, fp32, with the weights it starts from."""
+def load_model(settings: TrainRecipe, config: AnyConfig) -> tuple[Model, dict[str, Make]]:
+    """The model without memory, and what makes each weight that it starts from, fp32, by its name."""
+    model = without_memory(config)
+    makers = starts(model, settings.model.start, settings.seed)
     if settings.model.base is not None:
-        loaded = StoredModel.open(settings.model.base).load(device=device)
-        model = make_model(config).to(device)
-        model.load_state_dict(loaded.state_dict())
-        return model
-    model = make_model(config)
-    initialize(model, settings.model.start, settings.seed)
-    return model.to(device)
-
-
-def masters_and_copies(replica: Replica, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, nn.Parameter]]:
-    """The fp32 weights to optimise and the rounded copies that the model computes with, where FSDP makes none."""
-    masters: dict[str, Tensor] = {}
-    copies: dict[str, nn.Parameter] = {}
-    for name, weight in replica.parameters().items():
-        if not weight.requires_grad:
-            continue
-        if dtype == torch.float32 or _laid_out(weight):
-            masters[name] = weight
-            continue
-        masters[name] = weight.detach()
-        weight.data = masters[name].to(dtype)
-        copies[name] = weight
-    return masters, copies
-
-
-def _laid_out(weight: Tensor) -> bool:
-    """Whether FSDP keeps a weight, and gathers it in the precision of the computation."""
-    names = weight.device_mesh.mesh_dim_names or () if isinstance(weight, DTensor) else ()
-    return "shard" in names or "replicate" in names
-
-
-def make_stream(settings: TrainRecipe, corpus: Corpus, mesh: Mesh) -> Batches:
-    """This process's rows of every step."""
-    tokens, batch = corpus.side("train"), settings.batch
-
-    def rows_of(window: int, rows: int) -> Batches:
-        crops = Crops(tokens, window, settings.seed, batch.cross_documents)
-        return MixtureStream({"corpus": crops}, rows, rank=mesh.reader, world=mesh.plan.readers)
-
-    plain = growing(batch.growing, batch.rows * batch.window, rows_of) if batch.growing else None
-    return _corrupted(settings, corpus, plain or rows_of(batch.window, batch.rows), settings.seed, mesh.reader)
-
-
-def _corrupted(settings: TrainRecipe, corpus: Corpus, stream: Any, seed: int, reader: int) -> Any:
-    """The stream as the objective wants it."""
-    objective, tokenizer = settings.objective, corpus.tokenizer
-    if objective.kind == "masked_tokens":
-        if tokenizer.mask_id is None:
-            fix = "vocabulary: {kind: wordpiece}, or special: [mask]"
-            raise DanluError("the vocabulary has no mask token", where="data.vocabulary", fix=fix)
-        how = Masking(tokenizer.mask_id, tokenizer.vocab_size, tokenizer.special_ids, objective.hidden)
-        return MaskedStream(stream, how, seed, reader)
-    if objective.kind == "spans":
-        first = tokenizer.id_of("<extra_id_0>")
-        if first is None or tokenizer.eos_id is None:
-            fix = "vocabulary: {sentinels: 100}"
-            raise DanluError("the vocabulary has no sentinels or no end token", where="data.vocabulary", fix=fix)
-        sentinels = settings.data.vocabulary.sentinels
-        spans = SpanCorruption(first, tokenizer.eos_id, 0, sentinels, objective.hidden, objective.span)
-        return SpanStream(stream, spans, seed, reader)
-    return stream
-
-
-@dataclass(frozen=True)
-class _Fixed:
-    """The same rows of a measurement, as a stream."""
-
-    crops: Crops
-    rows: int
-    reader: int
-    readers: int
-
-    def batch(self, step: int) -> Batch:
-        share = self.rows // self.readers
-        first = step * self.rows + self.reader * share
-        return self.crops.batch(np.arange(first, first + share))
-
-
-def heldout_batches(settings: TrainRecipe, corpus: Corpus, mesh: Mesh) -> Iterator[Any]:
-    """This process's part of the rows that are measured, in batches as large as a step's; the same on any plan."""
-    rows = settings.batch.rows
-    crops = Crops(corpus.side("heldout"), settings.batch.window, None, settings.batch.cross_documents)
-    count = min(settings.validation.rows, len(crops)) // rows
-    if not count:
-        what = f"a measurement needs {rows} rows, as many as a step, and the held-out text has {len(crops)}"
-        raise DanluError(what, where="validation.rows", fix="hold out more, or lower batch.rows")
-    fixed = _Fixed(crops, rows, mesh.reader, mesh.plan.readers)
-    stream = _corrupted(settings, corpus, fixed, settings.seed, mesh.reader)
-    return (stream.batch(step) for step in range(count))
+        makers |= take_over(model, StoredModel.open(settings.model.base))
+    return model, makers
 
 
 def _flops(model: Model, window: int) -> float:
@@ -367,4 +298,4 @@ def _summary(home: Path, done: Done, run: Run) -> dict[str, Any]:
             done.validated[-1][1],
             min(loss for _, loss in done.validated),
         )
-    return found
+    return found | done.quality

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 
 from danlu.artifact import only_writer, write_json
 from danlu.cli import explain
@@ -136,7 +138,27 @@ def carry_out(home: str, arguments: dict[str, Any], settings: dict[str, Any]) ->
     return {"exit": 0, "result": found}
 
 
+def let_the_clock_jump(seconds: float) -> None:
+    """From SIGUSR1 on the wall clock of this process, the elastic agent's included, is so many seconds off."""
+    true, off = time.time, 0.0
+
+    def jump(number: int, frame: object) -> None:
+        nonlocal off
+        off = seconds
+
+    class Jumping(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Any:
+            return datetime.fromtimestamp(time.time(), tz)
+
+    signal.signal(signal.SIGUSR1, jump)
+    time.time = lambda: true() + off
+    dynamic_rendezvous.datetime = Jumping  # type: ignore[misc]
+
+
 def main() -> None:
+    if "CLOCK_JUMPS" in os.environ:
+        let_the_clock_jump(float(os.environ["CLOCK_JUMPS"]))
     for line in sys.stdin:
         print(json.dumps(carry_out(**json.loads(line))), flush=True)
 
@@ -232,6 +254,20 @@ def test_ranks_killed_at_random_lose_nothing(launcher: Launcher, tmp_path: Path,
     assert answer == {"exit": 0, "result": {"step": steps, "weight": pytest.approx(undisturbed(steps, 3), rel=1e-12)}}
     assert len(killed) == kills
     assert launcher.said().count("was killed by SIGKILL; going on from the newest checkpoint") == kills
+
+
+@pytest.mark.parametrize("seconds", [-86_400, 86_400])
+def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, seconds: int) -> None:
+    launcher = Launcher(tmp_path / "said", CLOCK_JUMPS=str(seconds))
+    launcher.run(tmp_path, steps=80, pause=0.05).reach(3)
+    launcher.process.send_signal(signal.SIGUSR1)
+    reached = newest(tmp_path)
+    launcher.reach(reached + 20)  # the agent has looked at its clock
+    os.kill(pids(tmp_path)[1], signal.SIGKILL)
+    answer = launcher.answer()
+    launcher.close()
+    assert answer == {"exit": 0, "result": {"step": 80, "weight": pytest.approx(undisturbed(80, 3), rel=1e-12)}}
+    assert launcher.said().count("was killed by SIGKILL; going on from the newest checkpoint") == 1
 
 
 def test_a_crash_loop_ends_and_the_first_error_is_the_last_word(launcher: Launcher, tmp_path: Path) -> None:
@@ -384,6 +420,8 @@ def test_what_a_launcher_gives_is_believed(world: int, data: st.DataObject) -> N
 
 def test_no_other_launcher() -> None:
     assert place_given({"MASTER_ADDR": "head", "MASTER_PORT": "1"}, LaunchSettings(nproc=2)) is None
+    slurm = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_NODELIST": "node[0-7]"}
+    assert place_given(slurm, LaunchSettings()) is None
 
 
 @pytest.mark.parametrize(
@@ -405,6 +443,17 @@ def test_variables_left_by_another_launcher(given_here: dict[str, str], told: st
     assert told in error.value.what and error.value.where == "environment"
     assert error.value.fix is not None
     assert error.value.fix.startswith("unset RANK" if "RANK" in given_here else "unset WORLD_SIZE MASTER_PORT")
+
+
+def test_with_variables_left_by_another_launcher_a_run_stays_as_it_is(launcher: Launcher, tmp_path: Path) -> None:
+    assert launcher.run(tmp_path, steps=4).answer()["exit"] == 0
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    other = Launcher(tmp_path.parent / "said", RANK="0", MASTER_ADDR="gone", SLURM_PROCID="0")
+    assert other.run(tmp_path, steps=9).answer() == {"exit": 2}
+    other.close()
+    assert "environment: RANK, MASTER_ADDR are set, but WORLD_SIZE, LOCAL_RANK, MASTER_PORT not" in other.said()
+    assert "unset RANK MASTER_ADDR" in other.said()
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
 
 
 def test_a_master_that_cannot_be_reached() -> None:

@@ -175,6 +175,25 @@ def test_asked_to_stop_it_saves_and_goes_on_later(tmp_path: Path) -> None:
     assert torch.equal(weight(whole), weight(again))
 
 
+def test_what_is_to_be_finished_is_before_the_last_measurement_and_checkpoint(tmp_path: Path) -> None:
+    """As workers want it, whose last exchange changes the weights."""
+    measured: list[float] = []
+
+    def finish() -> None:
+        with torch.no_grad():
+            run.turns[0].optimizer.masters["weight"].fill_(7.0)
+
+    def measure() -> float:
+        measured.append(float(weight(run).mean()))
+        return 1.0
+
+    run = make(tmp_path, 6, validation=Validation(3, measure), finish=finish)
+    train(run)
+    assert measured[0] != 7.0 and measured[1] == 7.0
+    saved = Checkpoints(tmp_path / "checkpoints", 2).open()
+    assert saved is not None and bool((saved.read("master.weight") == 7.0).all())
+
+
 def test_another_seed_or_data_is_refused(tmp_path: Path) -> None:
     train(make(tmp_path, 4, identity={"seed": 0}))
     with pytest.raises(DanluError, match="made with seed 0, and this run has 1"):

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,12 +19,20 @@ from torch import nn
 from danlu.data.stream import Batch
 from danlu.errors import DanluError
 from danlu.model.config import ModelConfig
+from danlu.model.initialize import initialize
 from danlu.model.transformer import Decoder
+from danlu.plan.plan import Plan
+from danlu.train.loop import Run, Turn, train
+from danlu.train.mesh import make_mesh
 from danlu.train.objective import next_token
-from danlu.train.optimizer import Optimizer, clip, masters_of, square_sum
+from danlu.train.optimizer import Optimizer
 from danlu.train.optimizing.settings import OptimizerSettings
+from danlu.train.precision import Choice, Precision
+from danlu.train.replica import Replica
 from danlu.train.scaling import LossScale, ScalingSettings, _fits_float8, to_float8
 from danlu.train.state import Checkpoints
+from danlu.train.weights import masters_and_copies
+from tests.train.ranks import run_ranks
 
 CONFIG = ModelConfig(
     vocab_size=64, context=16, width=32, layers=2, heads=4, kv_heads=2, head_width=8, feedforward_width=64, tied=True
@@ -93,6 +107,16 @@ def test_resumes_where_it_was(tmp_path) -> None:
         assert int(scale.good) == 0
 
 
+def test_a_precision_is_kept_by_name() -> None:
+    for asked in get_args(Choice):
+        chosen = Precision.choose(asked)
+        assert Precision.read(json.loads(json.dumps(chosen.plain()))) == chosen
+        assert chosen.float8 == (asked == "float8")
+    assert Precision.choose("fp16").dtype == torch.float16
+    for bf16, dtype in ((True, torch.bfloat16), (False, torch.float32)):  # as earlier versions wrote it
+        assert Precision.read({"bf16": bf16, "precision": "measured"}) == Precision(dtype, "measured")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_float8_says_what_it_needs() -> None:
     with pytest.raises(DanluError, match=r"compute capability 8\.9 or more .* there is no CUDA GPU"):
@@ -105,36 +129,135 @@ def test_float8_leaves_routers_and_odd_sizes_alone() -> None:
     assert not _fits_float8(nn.Linear(64, 24), "blocks.0.feedforward.up")
 
 
-def test_fp16_follows_fp32() -> None:
-    """In fp16 with a factor that is too large at first, steps are skipped until it is not; then all is as in fp32."""
-    tokens = torch.randint(0, 64, (4, 17), generator=torch.Generator().manual_seed(0))
-    batch = Batch(tokens[:, :-1], tokens[:, 1:], torch.ones(4, 16, dtype=torch.int32), torch.arange(16).expand(4, -1))
+# --- In the loop ----------------------------------------------------------------------------------------------------
 
-    def learn(dtype: torch.dtype, steps: int) -> tuple[list[float], int]:
-        torch.manual_seed(1)
-        model = Decoder(CONFIG)
-        with torch.no_grad():
-            model.embedding.tokens.weight.mul_(0.02)
-        optimizer = Optimizer(*masters_of(model, dtype), OptimizerSettings())
-        scale, losses, skipped = LossScale(ScalingSettings(start=2.0**24 if dtype == torch.float16 else 1.0)), [], 0
-        while len(losses) < steps:
-            loss = next_token(model, batch)
-            (loss.sum / loss.count * scale.factor).backward()
-            gradients = optimizer.gradients()
-            norm = scale.unscale(gradients, float(square_sum(gradients).sqrt()))
-            overflow = not math.isfinite(norm)
-            if overflow:
-                skipped += 1
-            else:
-                losses.append(float(loss.sum.detach()) / loss.count)
-                clip(gradients, norm, 1.0)
-                optimizer.step(1e-2)
-            optimizer.zero()
-            scale.update(overflow)
-        return losses, skipped
+RECIPE = """
+name: tiny
+model:
+  architecture: LlamaForCausalLM
+  shape: {hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32,
+          max_position_embeddings: 16}
+data: {sources: text.txt, vocabulary: bytes, heldout: 10%, heldout_from: end}
+batch: {rows: 4, window: 16}
+steps: 14
+precision: fp16
+scaling: {start: 16777216}
+compile: off
+validation: {rows: 8}
+"""
 
-    wanted, _ = learn(torch.float32, 12)
-    found, skipped = learn(torch.float16, 12)
-    assert skipped > 0
-    assert wanted[-1] < 0.6 * wanted[0]
-    assert found == pytest.approx(wanted, rel=2e-2)
+
+class Words:
+    """The same four rows every step."""
+
+    def __init__(self, reader: int = 0, readers: int = 1) -> None:
+        tokens = torch.randint(0, 64, (4, 17), generator=torch.Generator().manual_seed(0))
+        own = tokens.chunk(readers)[reader]
+        whole = torch.ones(len(own), 16, dtype=torch.int32)
+        self.rows = Batch(own[:, :-1], own[:, 1:], whole, torch.arange(16).expand(len(own), -1))
+
+    def batch(self, step: int) -> Batch:
+        return self.rows
+
+
+def make_run(out: Path, dtype: torch.dtype, steps: int, scaling: ScalingSettings, plan: str = "data=1") -> Run:
+    mesh = make_mesh(Plan.model_validate(Plan.parse(plan)))
+    model = Decoder(CONFIG)
+    initialize(model, "normal", 3)
+    shape = {"rows": 4 // mesh.plan.readers, "length": 16}
+    replica = Replica(model, [next_token], mesh, dtype=dtype, batch=Batch, **shape)
+    optimizer = Optimizer(*masters_and_copies(replica, dtype), OptimizerSettings())
+    scale = LossScale(scaling) if dtype == torch.float16 else None
+    return Run(
+        replica,
+        [Turn(optimizer, lambda step: 1e-2, clip=1.0, scale=scale)],
+        Words(mesh.reader, mesh.plan.readers),
+        steps=steps,
+        seed=0,
+        checkpoints=Checkpoints(out / "checkpoints", 1, background=False),
+        checkpoint_steps=4,
+        out=out,
+    )
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_fp16_follows_fp32(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a factor that is too large at first, steps are skipped until it is not; then all is as in fp32.
+
+    The guard, which stops at the first number that is none, has nothing to say to that.
+    """
+    train(make_run(tmp_path / "fp32", torch.float32, 10, ScalingSettings()))
+    train(make_run(tmp_path / "fp16", torch.float16, 20, ScalingSettings(start=2.0**24)))
+    wanted, found = lines(tmp_path / "fp32"), lines(tmp_path / "fp16")
+    skipped = [line for line in found if "skipped" in line]
+    assert 0 < len(skipped) <= 10 and skipped[0] == found[0]
+    assert skipped[0]["skipped"] == "its gradient overflows where the loss is multiplied by 1.67772e+07"
+    assert "step 1 is skipped: its gradient overflows" in capsys.readouterr().err
+    learned = [line for line in found if "skipped" not in line][:10]
+    assert wanted[-1]["loss"] < 0.6 * wanted[0]["loss"]
+    for name, tolerance in (("loss", 2e-2), ("gradient_norm", 5e-2)):
+        assert [line[name] for line in learned] == pytest.approx([line[name] for line in wanted], rel=tolerance)
+
+
+def test_fp16_resumes_to_the_bit(tmp_path: Path) -> None:
+    scaling = ScalingSettings(start=2.0**22, every=2)  # falls at first, and rises and falls again and again
+    whole = make_run(tmp_path / "whole", torch.float16, 12, scaling)
+    train(whole)
+    for steps in (6, 12):
+        last = make_run(tmp_path / "cut", torch.float16, steps, scaling)
+        train(last)
+    names = ("loss", "gradient_norm", "skipped")
+    curves = [[[line.get(name) for name in names] for line in lines(tmp_path / run)] for run in ("whole", "cut")]
+    assert str(curves[0]) == str(curves[1])
+    assert len({line[2] for line in curves[0]}) > 2  # more than one factor was too large
+    state = whole.state()
+    assert {"loss_scale", "loss_scale.good"} <= set(state)
+    assert all(torch.equal(tensor, last.state()[name]) for name, tensor in state.items())
+
+
+def test_a_loss_that_is_no_number_is_left_to_the_guard(tmp_path: Path) -> None:
+    run = make_run(tmp_path, torch.float16, 2, ScalingSettings())
+    with torch.no_grad():
+        run.turns[0].optimizer.masters["norm.weight"].fill_(float("nan"))
+    run.turns[0].optimizer.refresh()
+    with pytest.raises(DanluError, match="step 1: loss nan"):
+        train(run)
+    scale = run.turns[0].scale
+    assert scale is not None and float(scale.factor) == 2.0**16
+
+
+def spread(out: str, plan: str) -> tuple[float, float, list[float]]:
+    run = make_run(Path(out), torch.float16, 16, ScalingSettings(start=2.0**24), plan)
+    done = train(run)
+    scale = run.turns[0].scale
+    assert scale is not None
+    return float(scale.factor), float(scale.good), done.losses
+
+
+@pytest.mark.parametrize("plan", ["shard=2", "pipeline=2,micro_batches=2"])
+def test_processes_scale_alike(tmp_path: Path, plan: str) -> None:
+    found = run_ranks(2, spread, str(tmp_path), plan)
+    assert found[0][:2] == found[1][:2] and found[0][0] < 2.0**24
+    told = lines(tmp_path)
+    learned = [line["loss"] for line in told if "skipped" not in line]
+    assert len(learned) < 16 and learned[-1] < 0.7 * learned[0]
+    assert all(line["gradient_norm"] < 100 for line in told if "skipped" not in line)  # the factor is off again
+
+
+def test_a_recipe_in_fp16(tmp_path: Path) -> None:
+    """The command skips what overflows, learns the rest, and writes a model."""
+    (tmp_path / "text.txt").write_text("the furnace 丹炉 turns ore into silver. " * 300, encoding="utf-8")
+    (tmp_path / "tiny.yaml").write_text(RECIPE, encoding="utf-8")
+    words = ["train", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "run")]
+    subprocess.run([sys.executable, "-m", "danlu", *words], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert json.loads((tmp_path / "run" / "decisions.json").read_text())["dtype"] == "float16"
+    told = lines(tmp_path / "run")
+    skipped = [line["skipped"] for line in told if "skipped" in line]
+    assert 3 < len(skipped) < 14 and all("skipped" in line for line in told[:4])
+    assert told[-1]["step"] == 14
+    halved = [f"{2.0**24 / 2**fall:g}" for fall in range(len(skipped))]
+    assert [one.split()[-1] for one in skipped] == halved
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()

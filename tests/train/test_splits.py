@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from danlu.data.stream import Batch
 from danlu.model.config import Experts, ModelConfig
 from danlu.model.initialize import initialize
 from danlu.model.transformer import Decoder
 from danlu.plan.plan import Plan, Work, check
+from danlu.train.compiling import can_compile
 from danlu.train.mesh import make_mesh
 from danlu.train.objective import next_token
 from danlu.train.optimizer import Optimizer
@@ -83,15 +85,15 @@ def batch(step: int) -> Batch:
     return Batch(tokens, targets, segments, places - torch.where(places >= cuts, cuts, 0))
 
 
-def curve(kind: str, text: str) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of every step, as one process of the plan sees them."""
+def curve(kind: str, text: str, **options: Any) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of every step, as one process of the plan sees them. Args: options: of `Replica`."""
     plan, config = Plan.read(Plan.parse(text)), CONFIGS[kind]
     check(plan, Work(config, ROWS, LENGTH), plan.world)
     mesh, model = make_mesh(plan), Decoder(config)
     initialize(model, "xavier", 3)
     model.train()
     share = ROWS // plan.readers
-    replica = Replica(model, [next_token], mesh, rows=share, length=LENGTH, batch=Batch)
+    replica = Replica(model, [next_token], mesh, rows=share, length=LENGTH, batch=Batch, **options)
     optimizer = Optimizer(*masters_and_copies(replica, torch.float32), OptimizerSettings(learning_rate=1e-3))
     found = []
     for step in range(STEPS):
@@ -115,7 +117,23 @@ def test_a_plan_follows_one_process(kind: str, plan: str) -> None:
     if "zero-bubble" in plan and not can_zero_bubble():
         pytest.skip("this torch cannot run zero-bubble pipelines")
     world = Plan.read(Plan.parse(plan)).world
-    curves = run_ranks(world, curve, kind, plan) if world > 1 else [curve(kind, plan)]
+    _follows_alone(kind, run_ranks(world, curve, kind, plan) if world > 1 else [curve(kind, plan)])
+
+
+@pytest.mark.skipif(not can_compile(), reason="no C++ compiler with Python's headers")
+def test_compiled_blocks_follow_one_process() -> None:
+    _follows_alone("dense", run_ranks(2, compiled_curve, timeout=240))
+
+
+def compiled_curve() -> list[tuple[float, float]]:
+    """With blocks that FSDP gathers and that are computed again for the backward pass."""
+    found = curve("dense", "shard=2,micro_batches=2", compiled=True, recompute="full")
+    assert counters["stats"]["unique_graphs"] == 1, "blocks do not share one program"
+    return found
+
+
+def _follows_alone(kind: str, curves: list[list[tuple[float, float]]]) -> None:
+    """All processes of a plan see the curve of one process alone."""
     assert all(found == curves[0] for found in curves), "the processes do not agree"
     for (loss, norm), (expected, expected_norm) in zip(curves[0], alone(kind), strict=True):
         assert abs(loss - expected) < TOLERANCE

@@ -17,6 +17,8 @@ import pytest
 import torch
 import transformers
 
+from danlu.train.compiling import can_compile
+
 KILLS = 30
 RECIPE = """
 name: tiny
@@ -52,8 +54,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def run(recipe: Path, out: Path, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command(recipe, out, *words), capture_output=True, text=True, env=environment(), timeout=240)
+def run(recipe: Path, out: Path, *words: str, code: int = 0, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    line = command(recipe, out, *words)
+    done = subprocess.run(line, capture_output=True, text=True, env=environment(), timeout=timeout)
     assert done.returncode == code, done.stderr[-4000:]
     return done
 
@@ -129,31 +132,64 @@ def test_other_objectives_train_other_families(
     loads.from_pretrained(tmp_path / "model")
 
 
-def test_random_kills_of_random_ranks_change_nothing(recipe: Path, tmp_path: Path) -> None:
+ROWS = """
+name: rows
+model:
+  architecture: BertForSequenceClassification
+  shape: {hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 32,
+          max_position_embeddings: 16}
+data: {format: labelled, train: rows.txt, test: rows.txt, limit: 16, vocabulary: {kind: wordpiece, size: 60}}
+objective: {kind: classification}
+batch: {rows: 8}
+steps: 60
+optimizer: {learning_rate: 1e-2}
+precision: fp32
+"""
+
+
+def test_the_finished_model_is_measured_on_the_test_side(tmp_path: Path) -> None:
+    chance = random.Random(2)
+    labelled = [("warm", chance.choice(("sun", "fire"))) if chance.random() < 0.5 else ("冷", "ice") for _ in range(64)]
+    (tmp_path / "rows.txt").write_text("".join(f"{label} the {word}\n" for label, word in labelled), encoding="utf-8")
+    (tmp_path / "rows.yaml").write_text(ROWS, encoding="utf-8")
+    told = json.loads(
+        run(tmp_path / "rows.yaml", tmp_path / "out", "--json", "--nproc", "2", "--plan", "shard=2").stdout
+    )
+    assert told["test_accuracy"] == told["test_macro_f1"] == 1.0
+    assert json.loads((tmp_path / "out" / "test.json").read_text()) == {"test_accuracy": 1.0, "test_macro_f1": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("kills", "nproc", "plan", "patience"),
+    [(KILLS, 2, "shard=2", 240), pytest.param(100, 4, "tensor=2,shard=2", 1800, marks=pytest.mark.soak)],
+)
+def test_random_kills_of_random_ranks_change_nothing(
+    kills: int, nproc: int, plan: str, patience: float, recipe: Path, tmp_path: Path
+) -> None:
     """Every kill restarts the group from the last checkpoint; the end has the same bits as a run left alone."""
-    words = ("--nproc", "2", "--plan", "shard=2", "--set", "checkpoints.every=2", "--set", "validation.every=50")
-    long = (*words, "--set", "steps=400")
-    run(recipe, tmp_path / "calm", *long)
+    words = ("--nproc", str(nproc), "--plan", plan, "--set", "checkpoints.every=2", "--set", "validation.every=50")
+    long = (*words, "--set", f"steps={40 * kills // 3}")
+    run(recipe, tmp_path / "calm", *long, timeout=patience)
     killed, chance = 0, random.Random(11)
     with subprocess.Popen(
         command(recipe, tmp_path / "wild", *long), env=environment(), stderr=subprocess.PIPE, text=True
     ) as process:
         reached = 0
-        while killed < KILLS and process.poll() is None:
+        while killed < kills and process.poll() is None:
             time.sleep(chance.uniform(0.05, 0.4))
             done = _newest(tmp_path / "wild")
             if done <= reached:  # every kill comes after some progress, as failures of machines do
                 continue
             ranks = _ranks(tmp_path / "wild")
             victims = [pid for pid in ranks if psutil.pid_exists(pid)]
-            if len(victims) < 2:
+            if len(victims) < nproc:
                 continue
             reached = done
             os.kill(chance.choice(victims), signal.SIGKILL)
             killed += 1
-        _, told = process.communicate(timeout=240)
+        _, told = process.communicate(timeout=patience)
     assert process.returncode == 0, told[-4000:]
-    assert killed == KILLS, f"the run ended after {killed} kills"
+    assert killed == kills, f"the run ended after {killed} kills"
     assert curve(tmp_path / "wild") == curve(tmp_path / "calm")
 
 
@@ -214,3 +250,19 @@ def test_what_cannot_be_done_is_said_in_one_message(
     assert all(one in said for one in told), said
     assert "Traceback" not in said
     assert not (tmp_path / "checkpoints").exists() or not list((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.skipif(not can_compile(), reason="no C++ compiler with Python's headers")
+def test_compiling_is_decided_once_and_changes_no_curve(recipe: Path, tmp_path: Path) -> None:
+    run(recipe, tmp_path / "eager", "--steps", "7")
+    run(recipe, tmp_path / "compiled", "--steps", "3", "--set", "compile=on")
+    run(recipe, tmp_path / "compiled", "--steps", "5")  # auto would not compile so short a run; it stays as it began
+    run(recipe, tmp_path / "compiled", "--steps", "7", "--nproc", "2", "--plan", "tensor=2")  # and must not be here
+    decided = [json.loads((tmp_path / name / "decisions.json").read_text()) for name in ("eager", "compiled")]
+    assert [one["compile"] for one in decided] == [False, True]
+    for mine, expected in zip(metrics(tmp_path / "compiled"), metrics(tmp_path / "eager"), strict=True):
+        assert abs(mine["loss"] - expected["loss"]) < 1e-5
+
+    words = ("--nproc", "2", "--plan", "tensor=2", "--set", "compile=on")
+    said = run(recipe, tmp_path / "refused", *words, code=2).stderr
+    assert "compile" in said and "tensor=2" in said and not (tmp_path / "refused" / "checkpoints").exists()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from danlu.settings import Settings
 
@@ -45,3 +45,27 @@ class LocalSettings(Settings):
     def terms(self) -> dict[str, Any]:
         """What all workers must have alike, since any of them may make a round."""
         return {name: getattr(self, name) for name in TERMS}
+
+
+class ApartSettings(LocalSettings):
+    """A run as one of several workers that train apart and share the rows out."""
+
+    worker: int = Field(
+        ge=0, description="which of the workers this run is, from 0; every one is started with a number of its own"
+    )
+    workers: int = Field(
+        1,
+        gt=0,
+        description="workers among whom the rows of a step are shared out; the first round waits for all of them, up to"
+        " the deadline, and who is missing may join at any time",
+    )
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> ApartSettings:
+        if self.worker >= self.workers:
+            raise ValueError(f"worker {self.worker} is none of {self.workers}, which are numbered from 0")
+        return self
+
+    def beside(self, folder: Path) -> ApartSettings:
+        """The same with a relative directory starting at `folder`."""
+        return self.model_copy(update={"home": folder / self.home})
