@@ -18,7 +18,7 @@ import numpy as np
 
 from danlu.console import result, table
 from danlu.plan.cluster import Cluster
-from danlu.plan.counts import idle_stages
+from danlu.plan.counts import idle_stages, weights
 from danlu.plan.evaluate import NOTHING, Score, cross_validate, score, scores
 from danlu.plan.learned import Predicted, learn_memory, predict
 from danlu.plan.search import Asked, search
@@ -49,6 +49,8 @@ def main() -> None:
         told = read_tables([folder / name])
         rows += lines(name, "datasheet only", scores(told, predict(told, everything(told), *NOTHING)))
         rows += lines(name, "5 folds", scores(told, cross_validate(told)))
+        if name.startswith("megatron_ci"):
+            rows += of_a_billion(name, told)
     rows.append(timed_search())
     shown = [(row["what"], *(f"{row[key]:.2f}" if row.get(key) is not None else "" for key in KEYS)) for row in rows]
     table("the planner's errors, %", ("what", *KEYS), shown)
@@ -89,6 +91,21 @@ def nanotron(folder: Path) -> list[dict[str, Any]]:
         for which, told, held in (("failed", failed, lost.fullest), ("good", good, guess.fullest))
     ]
     return [*lines(NANOTRON, "5 folds", [memory]), *made]
+
+
+def of_a_billion(name: str, told: Table) -> list[dict[str, Any]]:
+    """Memory of models with 10^9 weights and more: of smaller ones buffers take most of it.
+
+    Whole models are held apart: one on another accelerator takes as much memory, and would give it away.
+    """
+    groups = [group[:1] for group in told.groups]
+    guess = cross_validate(Table(**(vars(told) | {"groups": groups})), time=False)
+    large = np.flatnonzero((weights(told.jobs).total >= 1e9) & (told.gib > 0))
+    some = [groups[row] for row in large]
+    made = score(
+        "memory of 1B and more", guess.gib[large], told.gib[large], guess.gib_spread[large], some, choose=False
+    )
+    return lines(name, "5 folds of models", [made])
 
 
 def refused(told: Table, held: np.ndarray) -> float:

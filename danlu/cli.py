@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec
 
 import typer
 from typer.core import TyperGroup
@@ -17,6 +17,10 @@ from typer.core import TyperGroup
 from danlu import __version__
 from danlu.console import complain, result, say, table
 from danlu.errors import DanluError, is_disk_full
+
+if TYPE_CHECKING:
+    from danlu.plan.describe import Written
+    from danlu.plan.search import Asked
 
 UNEXPECTED = 70  # exit code of a fault in Danlu itself (EX_SOFTWARE of sysexits.h)
 Stage = Literal["data", "tune", "evaluate", "compress", "certify", "report"]
@@ -180,7 +184,7 @@ def train(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of all settings.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a model from text, on one core or on many machines.
+    """Train a model from text or from rows, on one core or on many machines.
 
     The same command on a directory that holds a checkpoint goes on from it, with the same --nproc and --plan or others.
     The model stands in OUT/model at the end, OUT/metrics.jsonl has a line for each step.
@@ -518,24 +522,103 @@ Calibrate = Annotated[
 
 @functools.partial(command, group=plan, name="find")
 def plan_find(
-    model_name: Annotated[str, typer.Option("--model", help="A public model, say llama-3.1-8b.")],
     gpus: Annotated[str, typer.Option(help="The cluster, say 64xh100.")],
-    seq: Annotated[int, typer.Option(min=1, help="Tokens of a row.")] = 4096,
-    tokens_per_step: Annotated[str, typer.Option(help="Of all processes together, say 4M.")] = "1M",
-    precision: Annotated[Literal["bf16", "fp8", "fp32"], typer.Option(help="Of matrix products.")] = "bf16",
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe of danlu train to plan for, a YAML file.")] = None,
+    model_name: Annotated[str | None, typer.Option("--model", help="A public model, say llama-3.1-8b.")] = None,
+    seq: Annotated[int | None, typer.Option(min=1, help="Tokens of a row; by default 4096.")] = None,
+    tokens_per_step: Annotated[
+        str | None, typer.Option(help="Of all processes together, M being 1024 x 1024; by default 1M.")
+    ] = None,
+    precision: Annotated[
+        Literal["bf16", "fp8", "fp32"] | None, typer.Option(help="Of matrix products; by default bf16.")
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Of the whole run, say 15T, whose hours and energy are told; else a recipe's.")
+    ] = None,
+    fit: Annotated[
+        Literal["model", "context", "cluster"] | None,
+        typer.Option(help="Find the largest known model, the longest rows or the smallest cluster that works."),
+    ] = None,
+    overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Find the fastest plan that fits, and say where time and memory go.
 
+    Of a recipe of `danlu train`, its model, rows and steps are planned for, and its own plan is compared.
+
     Example:  danlu plan --model llama-3.1-8b --gpus 64xh100 --seq 8192 --tokens-per-step 4M
     """
-    from danlu.plan.describe import find, print_found
+    from danlu.plan.describe import RUN, ask, ask_fit, find, print_found, read_tokens
 
-    answer = find(model_name, gpus, seq, tokens_per_step, precision)
-    if as_json:
-        _print_json(answer)
+    run = None if tokens is None else read_tokens(tokens, "--tokens", RUN)
+    words = (seq or 4096, tokens_per_step or "1M", precision or "bf16")
+    told, written = "", None
+    if recipe is not None:
+        if any(given is not None for given in (model_name, seq, tokens_per_step, precision, fit)):
+            fix = "--set changes a setting of it"
+            raise DanluError("the recipe says which model, rows and precision", where="plan", fix=fix)
+        asked, written, learned = _ask_recipe(recipe, gpus, overrides)
+        run = run or learned
+    elif overrides:
+        raise DanluError("--set changes a setting of a recipe, and none is named", where="plan")
+    elif fit is not None:
+        told, asked = ask_fit(fit, model_name, gpus, *words)
+    elif model_name is None:
+        raise DanluError("name a model or a recipe", where="plan", fix="--model llama-3.1-8b, or a file")
     else:
-        print_found(answer)
+        asked = ask(model_name, gpus, *words)
+    answer = find(asked, run, written)
+    if as_json:
+        _print_json(answer | {"fit": told} if told else answer)
+        return
+    if told:
+        result(told)
+    print_found(answer)
+
+
+def _ask_recipe(path: Path, gpus: str, overrides: list[str] | None) -> tuple[Asked, Written, int]:
+    """What a recipe of `danlu train` trains, its own plan, and the tokens of the run. Raises DanluError."""
+    from danlu.data.rows_settings import RowsSettings
+    from danlu.model.checkpoint import StoredModel
+    from danlu.model.families.known import family_of
+    from danlu.plan.cluster import Cluster
+    from danlu.plan.describe import Written
+    from danlu.plan.plan import Plan, Work
+    from danlu.plan.search import Asked
+    from danlu.plan.shapes import of_config
+    from danlu.recipe import read_recipe
+    from danlu.train.offloading.offload import OffloadSettings
+    from danlu.train.recipe import TrainRecipe
+
+    recipe = read_recipe(path, overrides or (), TrainRecipe).recipe.beside(path.parent)
+    if recipe.model.base is not None:
+        config = StoredModel.open(recipe.model.base).config
+    else:
+        learned = recipe.data.vocabulary
+        keys = {**recipe.model.shape, "architectures": [recipe.model.architecture]}
+        if learned is not None and learned.size is not None:
+            keys.setdefault("vocab_size", learned.size)
+        if "vocab_size" not in keys:
+            fix = "say it: --set model.shape.vocab_size=32000"
+            raise DanluError("how many words there are is known only once the data is read", where=path, fix=fix)
+        config = family_of(keys, Path("model.architecture")).config(keys, Path("model.shape"))
+    length = recipe.data.limit if isinstance(recipe.data, RowsSettings) else recipe.batch.window
+    cluster, rows = Cluster.parse(gpus), recipe.own_rows
+    precision = {"fp32": "fp32", "float8": "fp8"}.get(recipe.precision, "bf16")
+    asked = Asked(of_config(config), cluster, length, rows, precision)
+    set_besides = {
+        "offload": recipe.offload != OffloadSettings(), "apart": recipe.apart is not None,
+        "objective.teacher": recipe.objective.teacher is not None, "batch.growing": bool(recipe.batch.growing),
+        f"optimizer.name={recipe.optimizer.name}": recipe.optimizer.name not in ("adam", "adamw"),
+        f"optimizer.state={recipe.optimizer.state}": recipe.optimizer.state == "8bit",
+        "optimizer.ema": recipe.optimizer.ema is not None, "optimizer.frozen": bool(recipe.optimizer.frozen),
+        "plan.overlap": recipe.plan is not None and recipe.plan.overlap,
+        "plan.schedule=zero-bubble": recipe.plan is not None and recipe.plan.schedule == "zero-bubble",
+    }  # fmt: skip
+    uncounted = tuple(name for name, is_set in set_besides.items() if is_set)
+    own = recipe.plan or Plan(data=cluster.count)
+    written = Written(str(path), own, recipe.recompute, Work(config, rows, length), uncounted)
+    return asked, written, recipe.steps * rows * length
 
 
 @functools.partial(command, group=plan, name="predict")

@@ -23,7 +23,7 @@ class Known:
     """How much longer (or larger) jobs with some columns alike were than the formula says.
 
     Attributes:
-        columns: that are alike.
+        columns: that are alike; jobs of which the first is 0 are like no others.
         factors: logarithms by those columns' values.
     """
 
@@ -96,7 +96,8 @@ def calibrate(
 def _known(columns: tuple[str, ...], jobs: Jobs, left: Column) -> Known:
     found: dict[tuple[float, ...], list[float]] = {}
     for key, value in zip(keys(jobs, columns), left.tolist(), strict=True):
-        found.setdefault(key, []).append(value)
+        if key[0]:  # else it is not told, and unlike all others
+            found.setdefault(key, []).append(value)
     shrunk = {key: np.median(values) * len(values) / (len(values) + SHRINK) for key, values in found.items()}
     return Known(columns, {key: float(np.clip(value, -FARTHEST, FARTHEST)) for key, value in shrunk.items()})
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -36,19 +37,39 @@ class Weights:
 
 
 def weights(jobs: Jobs) -> Weights:
-    """Matrices and norms; biases are left out, being below a thousandth."""
+    """Of all jobs."""
     matrices = 2 + jobs.gated
     return Weights(
         attention=jobs.width * jobs.head_width * 2 * (jobs.heads + jobs.kv_heads),
         feedforward=matrices * jobs.width * jobs.feedforward,
         experts=matrices * jobs.width * (jobs.experts * jobs.expert_width + jobs.shared_width),
         router=jobs.width * jobs.experts,
-        norms=2 * jobs.width,
+        norms=jobs.vectors,
         embedding=jobs.width * (jobs.vocab + jobs.positions),
-        head=jobs.width * (1 + jobs.vocab * (1 - jobs.tied)),
+        head=jobs.ends + jobs.width * jobs.vocab * (1 - jobs.tied),
         layers=jobs.layers,
         expert_layers=jobs.expert_layers,
     )
+
+
+def total_weights(model: Mapping[str, float]) -> float:
+    """Of a model, from the columns that describe it."""
+    return float(weights(Jobs.of(**({each.name: 1.0 for each in fields(Jobs)} | dict(model)))).total[0])
+
+
+def operations(jobs: Jobs, half: bool) -> Column:
+    """Floating-point operations of a step, over all accelerators, with nothing computed again.
+
+    Each matrix takes 6 for a weight and token: 2 forward and 4 backward. Scores and their product with the values take
+    12 for a pair of tokens and a feature of the queries; of causal attention half the pairs count where `half`.
+    """
+    counted, mixture = weights(jobs), jobs.chosen * jobs.expert_width + jobs.shared_width
+    sparse = jobs.expert_layers * ((2 + jobs.gated) * jobs.width * mixture + counted.router)
+    matrices = jobs.layers * counted.attention + counted.dense_layers * counted.feedforward + sparse
+    matrices = matrices + jobs.width * jobs.outputs
+    pairs = jobs.layers * jobs.length * jobs.heads * jobs.head_width * np.where(half, 1 - 0.5 * jobs.causal, 1.0)
+    tokens = jobs.data * jobs.micro_batches * jobs.micro_rows * jobs.length
+    return tokens * (6 * matrices + 12 * pairs)
 
 
 def stage_layers(jobs: Jobs, stage: Column | float = 0.0) -> Column:

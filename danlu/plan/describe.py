@@ -9,75 +9,110 @@ from typing import Any
 from danlu.console import result, table
 from danlu.errors import DanluError
 from danlu.plan.cluster import Cluster
-from danlu.plan.search import USABLE, Asked, Choice, Found, search
+from danlu.plan.explain import changes, limit, whole_run
+from danlu.plan.fit import Fit, largest_model, longest_context, smallest_cluster
+from danlu.plan.plan import Plan, Work, check
+from danlu.plan.search import Asked, given, room, search
 from danlu.plan.shapes import shape
 
-GIB = 2.0**30
+STEP = {"": 1, "k": 1024, "m": 1024**2}  # of a step, as batches are counted
+RUN = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}  # of a run, as corpora are counted
 
 
 @dataclass(frozen=True)
-class Change:
-    """Something else that could be done, and what it buys.
+class Written:
+    """A plan that somebody has written down already, to be compared with what is found.
 
     Attributes:
-        what: in words.
-        seconds, gib: of a step and of the fullest process, as shares of the chosen plan's, less 1.
+        recipe: the file that holds it.
+        plan: its degrees.
+        recompute: none, selective or full.
+        work: what it must be possible for.
+        uncounted: what else is set that takes or saves time or memory, and no prediction knows of.
     """
 
-    what: str
-    seconds: float
-    gib: float
+    recipe: str
+    plan: Plan
+    recompute: str
+    work: Work
+    uncounted: tuple[str, ...] = ()
 
 
-def read_tokens(text: str) -> int:
-    """`4M`, `512k` or `65536`. Raises DanluError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmM]?)\s*", text)
-    if found is None:
-        raise DanluError(f"{text!r} is no number of tokens", where="--tokens-per-step", fix="write it as 4M or 65536")
-    scale = {"": 1, "k": 1024, "m": 1024**2}[found.group(2).lower()]
-    return round(float(found.group(1)) * scale)
+def read_tokens(text: str, where: str = "--tokens-per-step", scales: dict[str, int] = STEP) -> int:
+    """`4M`, `512k` or `65536`; with the scales of a run also `100B` and `15T`. Raises DanluError."""
+    found = re.fullmatch(rf"\s*(\d+(?:\.\d+)?)\s*([{''.join(scales)}]?)\s*", text, re.IGNORECASE)
+    tokens = round(float(found.group(1)) * scales[found.group(2).lower()]) if found else 0
+    if not tokens:
+        raise DanluError(f"{text!r} is no number of tokens", where=where, fix="write it as 4M or 65536")
+    return tokens
+
+
+def rows_of(tokens: str, length: int) -> int:
+    """Rows of a step. Raises DanluError where they are not whole."""
+    rows, rest = divmod(read_tokens(tokens), length)
+    if rest or not rows:
+        raise DanluError(f"{tokens} tokens are no whole number of rows of {length}", where="--tokens-per-step")
+    return rows
 
 
 def ask(model: str, gpus: str, length: int, tokens: str, precision: str) -> Asked:
     """A question from words. Raises DanluError where one cannot be read."""
-    rows, rest = divmod(read_tokens(tokens), length)
-    if rest or not rows:
-        raise DanluError(f"{tokens} tokens are no whole number of rows of {length}", where="--tokens-per-step")
-    return Asked(shape(model), Cluster.parse(gpus), length, rows, precision)
+    return Asked(shape(model), Cluster.parse(gpus), length, rows_of(tokens, length), precision)
 
 
-def limit(choice: Choice, asked: Asked) -> str:
-    """What the chosen plan spends most on, in words."""
-    share = choice.gib * GIB / asked.cluster.accelerator.memory / USABLE
-    name, most = max(((name, part) for name, part in choice.times.items() if name != "total"), key=lambda each: each[1])
-    time = f"{name} takes {most / choice.times['total']:.0%} of a step"
-    return f"{time}; memory is {share:.0%} full"
+def ask_fit(fit: Fit, model: str | None, gpus: str, length: int, tokens: str, precision: str) -> tuple[str, Asked]:
+    """What is possible, in words and as a question. Raises DanluError where nothing is, or the words do not fit."""
+    if (fit == "model") != (model is None):
+        what = "--fit model looks for the model" if fit == "model" else f"--fit {fit} needs to know the model"
+        raise DanluError(what, where="--model", fix="leave it out" if model else "say --model llama-3.1-8b")
+    cluster, rows = Cluster.parse(gpus), rows_of(tokens, length)
+    if model is None:
+        name, asked = largest_model(cluster, length, rows, precision)
+        return f"the largest of the known models is {name}", asked
+    asked = Asked(shape(model), cluster, length, rows, precision)
+    if fit == "context":
+        asked = longest_context(asked)
+        return f"the longest rows have {asked.length:,} tokens, {asked.rows:,} of them a step", asked
+    if cluster.count > 1:
+        fix = f"say --gpus {cluster.accelerator.name}"
+        raise DanluError("--fit cluster looks for the number of accelerators", where="--gpus", fix=fix)
+    asked = smallest_cluster(asked)
+    return f"the smallest cluster has {asked.cluster.count:,} {cluster.accelerator.name}", asked
 
 
-def changes(found: Found) -> list[Change]:
-    """What the plans beside the best would give and take, the cheapest savings of memory first."""
-    best = found.best[0]
-    others = [choice for choice in found.pareto if choice.gib < best.gib * 0.97]
-    return [
-        Change(f"{other.plan} with recompute={other.recompute}", other.seconds / best.seconds - 1,
-               other.gib / best.gib - 1)
-        for other in others[:3]
-    ]  # fmt: skip
+def find(asked: Asked, tokens: int | None = None, written: Written | None = None) -> dict[str, Any]:
+    """The answer as JSON-ready values.
 
-
-def find(model: str, gpus: str, length: int, tokens: str, precision: str) -> dict[str, Any]:
-    """The answer as JSON-ready values."""
-    asked = ask(model, gpus, length, tokens, precision)
+    Args:
+        tokens: of the whole run, where its cost is asked for.
+        written: a plan to compare with what is found.
+    """
     found = search(asked)
     best = found.best[0]
-    rate = asked.rows * length / best.seconds
-    return {
-        "plan": asdict(best), "tokens_per_second": rate, "limit": limit(best, asked), "tried": found.tried,
-        "fitting": found.fitting, "runners_up": [asdict(each) for each in found.best[1:]],
-        "pareto": [asdict(each) for each in found.pareto], "changes": [asdict(each) for each in changes(found)],
-        "kilowatts": asked.cluster.accelerator.watts * asked.cluster.count / 1000,
-        "command": f"danlu train RECIPE --nproc {asked.cluster.count} --plan {best.plan}",
+    recipe, recompute = (written.recipe, written.recompute) if written else ("RECIPE", "none")
+    answer = {
+        "plan": asdict(best), "tokens_per_second": asked.rows * asked.length / best.seconds,
+        "limit": limit(best, asked.cluster.accelerator), "tried": found.tried, "fitting": found.fitting,
+        "runners_up": [asdict(each) for each in found.best[1:]], "pareto": [asdict(each) for each in found.pareto],
+        "changes": [asdict(each) for each in changes(asked, found)],
+        "command": f"danlu train {recipe} --nproc {asked.cluster.count} --plan {best.plan}"
+        + (f" --set recompute={best.recompute}" if best.recompute != recompute else ""),
     }  # fmt: skip
+    if tokens is not None:
+        answer["run"] = asdict(whole_run(asked, best.seconds, tokens))
+    if written is not None:
+        answer["written"] = _written(asked, written) | {"uncounted": list(written.uncounted)}
+    return answer
+
+
+def _written(asked: Asked, written: Written) -> dict[str, Any]:
+    """What is expected of a plan as it is written, or why it cannot be carried out."""
+    try:
+        check(written.plan, written.work, asked.cluster.count)
+    except DanluError as problem:
+        return {"plan": written.plan.short(), "problem": problem.what}
+    choice = given(asked, written.plan, written.recompute)
+    return asdict(choice) | {"fits": choice.gib <= room(asked)}
 
 
 def print_found(answer: dict[str, Any]) -> None:
@@ -97,5 +132,38 @@ def print_found(answer: dict[str, Any]) -> None:
            for each in answer["runners_up"]]  # fmt: skip
     table("runners-up", ("plan", "recompute", "s", "GiB"), ups)
     for change in answer["changes"]:
-        result(f"or {change['what']}: memory {change['gib']:+.0%}, time {change['seconds']:+.0%}")
+        how = f"{change['plan']}, recompute {change['recompute']}, {change['micro_rows']} rows a micro-batch"
+        result(
+            f"or {change['what']}: {change['seconds']:+.3g} s a step ({change['time']:+.0%}), {change['gib']:+.1f} GiB "
+            f"({change['memory']:+.0%}), {change['price']:+.0%} accelerator-hours; {how}"
+        )
+    if "run" in answer:
+        _print_run(answer["run"])
+    if "written" in answer:
+        _print_written(answer["written"], best)
     result(answer["command"])
+
+
+def _print_run(run: dict[str, Any]) -> None:
+    result(
+        f"{run['tokens']:,} tokens are {run['steps']:,} steps: {_amount(run['hours'])} hours, "
+        f"{_amount(run['accelerator_hours'])} accelerator-hours, {_amount(run['kilowatt_hours'])} kWh of the "
+        f"accelerators alone (at {run['drawn']:.0%} of {run['watts']:g} W, which is assumed)"
+    )
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _print_written(written: dict[str, Any], best: dict[str, Any]) -> None:
+    if written["uncounted"]:
+        result(f"no prediction knows of {', '.join(written['uncounted'])}")
+    if "problem" in written:
+        result(f"as written, {written['plan']} cannot be carried out: {written['problem']}")
+        return
+    slower = written["seconds"] / best["seconds"] - 1
+    result(
+        f"as written, {written['plan']} with recompute {written['recompute']}: {written['seconds']:.3g} s a step "
+        f"({slower:+.0%}), {written['gib']:.1f} GiB" + ("" if written["fits"] else ", which does not fit")
+    )

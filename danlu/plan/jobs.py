@@ -18,8 +18,11 @@ class Jobs:
         layers, width, heads, kv_heads, head_width, feedforward: of the model, as in ModelConfig.
         gated: 1 where the feed-forward has a gate.
         causal: 1 where scores of later places need not be computed.
-        vocab, tied: rows of the embedding; 1 where the head shares them.
+        vocab, tied: rows of the embedding; 1 where the head shares them, or is none of words.
+        outputs: numbers that the head makes of a token: the vocabulary, or labels.
         positions: rows of a learned table of positions, 0 for none.
+        vectors: weights of norms, biases and gates in a layer, on average over the layers.
+        ends: weights before and after the layers that belong to neither embedding nor head of words.
         experts, chosen, expert_width, shared_width: of a layer with a mixture; 0 experts for none.
         expert_layers: how many layers hold a mixture.
         length: tokens of a row.
@@ -27,7 +30,7 @@ class Jobs:
             of `expert` included; `chunks` are groups of layers a process holds (interleaving).
         balanced: 1 where stages are cut by cost, the head counting as layers; else all get as many layers.
         zero: what the copies share out: 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights.
-        sharers: copies that share it, at most `data * context`.
+        sharers, expert_sharers: copies that share it, and the same of the experts' part; at most `data * context`.
         sequence: 1 where tensor processes share out tokens between the matrices.
         micro_rows, micro_batches: rows of a micro-batch of one copy, and how many it computes in a step.
         recompute: 0 nothing, 1 attention's scores, 2 whole blocks.
@@ -40,6 +43,8 @@ class Jobs:
         peak, memory_rate, units: of the accelerator: FLOP/s of the products' precision, bytes/s, multiprocessors.
         near_rate, far_rate: bytes/s of one accelerator to its neighbours in a node, and out of the node.
         node: accelerators of a node.
+        release: of the training software, as a number; 0 where it is not told. No formula reads it: runs of one
+            release are held alike when measured ones are learned from.
     """
 
     layers: Column
@@ -52,7 +57,10 @@ class Jobs:
     causal: Column
     vocab: Column
     tied: Column
+    outputs: Column
     positions: Column
+    vectors: Column
+    ends: Column
     experts: Column
     chosen: Column
     expert_width: Column
@@ -68,6 +76,7 @@ class Jobs:
     expert: Column
     zero: Column
     sharers: Column
+    expert_sharers: Column
     sequence: Column
     micro_rows: Column
     micro_batches: Column
@@ -84,6 +93,7 @@ class Jobs:
     near_rate: Column
     far_rate: Column
     node: Column
+    release: Column
 
     @classmethod
     def of(cls, **columns: float | Column) -> Jobs:

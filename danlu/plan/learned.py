@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from danlu.plan.calibrate import Calibration, believed, calibrate
+from danlu.plan.calibrate import Calibration, believed, calibrate, keys
 from danlu.plan.jobs import Column, Jobs
 from danlu.plan.memory import GIB, MEMORY, device_memory, stage_memory
 from danlu.plan.tables import Table
 from danlu.plan.time import TIME, step_time
 
 FEWEST = 5  # measured runs of a software that its own coefficients are fitted to
-NARROW = 10  # the same, of a software on one accelerator, or on one node of it
-LAYER = ("width", "feedforward", "length", "recompute", "gemm_bytes", "tensor")
-SAME_TIME = (LAYER, (*LAYER, "micro_rows"))
+NARROW = 10  # different jobs of a software on one accelerator, or on one node of it, for coefficients of their own
+LAYER = ("width", "feedforward", "length", "recompute", "gemm_bytes", "tensor", "peak")
+SAME_TIME = (("release", "experts"), LAYER, (*LAYER, "micro_rows"))
 SAME_MEMORY = (("width", "tensor", "pipeline"), ("width", "tensor", "pipeline", "micro_rows"))
 # Without a measurement, 9 of 10 runs of the public tables are predicted within these factors, as logarithms.
 TIME_BELIEF, MEMORY_BELIEF = believed(TIME, 0.5), believed(MEMORY, 0.5)
@@ -102,10 +102,20 @@ def _learn(
     for row in rows[measured[rows] > 0].tolist():
         for wide in range(1, len(keys[row]) + 1):
             by_key.setdefault(keys[row][:wide], []).append(row)
-    enough = {key: tuple(some) for key, some in by_key.items() if len(some) >= (FEWEST if len(key) == 1 else NARROW)}
+    enough = {
+        key: tuple(some)
+        for key, some in by_key.items()
+        if (len(some) >= FEWEST if len(key) == 1 else different(table.jobs, some) >= NARROW)
+    }
     # A circle that holds no more runs than the one inside it teaches the same.
     made = {some: teach(list(some)) for some in set(enough.values())}
     return {key: made[some] for key, some in enough.items()}
+
+
+def different(jobs: Jobs, rows: list[int]) -> int:
+    """Jobs among these that differ in more than the software's release: the same one again teaches nothing new."""
+    columns = tuple(each.name for each in fields(Jobs) if each.name != "release")
+    return len(set(keys(jobs.take(np.array(rows)), columns)))
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def stage_memory(jobs: Jobs, c: dict[str, float], stage: Column) -> dict[str, Co
     dense = (dense + ends) / jobs.tensor
     sparse = layers * share * counted.experts / (jobs.tensor * jobs.expert)
     sharers = np.maximum(jobs.sharers, 1)
-    expert_sharers = np.maximum(sharers / jobs.expert, 1)
+    expert_sharers = np.maximum(jobs.expert_sharers, 1)
 
     def held(bytes_each: Column, level: int) -> Column:
         cut = jobs.zero >= level
@@ -86,7 +86,7 @@ def stage_memory(jobs: Jobs, c: dict[str, float], stage: Column) -> dict[str, Co
     interleaved = np.where(jobs.chunks > 1, 1 + (jobs.pipeline - 1) / (jobs.pipeline * jobs.chunks), 1)
     working = np.where(jobs.recompute > 1, layer_activations(jobs.but(recompute=0), c), 0)
     activations = flying * interleaved * layers * layer_activations(jobs, c) + working
-    logits = np.where(is_last, jobs.tokens * jobs.vocab / jobs.tensor * c["logits"], 0)
+    logits = np.where(is_last, jobs.tokens * jobs.outputs / jobs.tensor * c["logits"], 0)
     logits = logits + np.where(jobs.pipeline == 1, jobs.tokens * jobs.width * c["whole"], 0)
     gathered = c["gathered"] * (dense + sparse) / np.maximum(layers, 1) * jobs.weight_bytes
     parts = {

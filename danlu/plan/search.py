@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from danlu.errors import DanluError
 from danlu.plan.calibrate import Calibration
 from danlu.plan.cluster import Cluster
-from danlu.plan.jobs import Jobs
+from danlu.plan.jobs import Column, Jobs
 from danlu.plan.learned import MEMORY_BELIEF, TIME_BELIEF, fullest, seconds
 from danlu.plan.memory import GIB, device_memory
+from danlu.plan.plan import Plan
 from danlu.plan.time import step_time
 
 USABLE = 0.94  # of a device's memory; the rest is lost between blocks
 KIND = 0.003  # of a step's time that one kind of parallelism less is worth
 RECOMPUTE = ("none", "selective", "full")
+
+
+class NoPlan(DanluError):
+    """A model cannot be trained on a cluster: its rows cannot be shared, or it is too large."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +92,8 @@ def divisors(number: int) -> list[int]:
 
 
 def candidates(asked: Asked) -> Jobs:
-    """All legal plans as rows. Raises DanluError where there is none."""
-    model, world = asked.model, asked.cluster.count
-    device = asked.cluster.accelerator
+    """All legal plans as rows. Raises NoPlan where there is none."""
+    world = asked.cluster.count
     degrees = np.array(_degrees(asked), dtype=np.float64).reshape(-1, 5)
     micro = np.array(divisors(asked.rows), dtype=np.float64)
     zero = np.array([1.0, 3.0]) if world > 1 else np.array([0.0])
@@ -102,20 +107,45 @@ def candidates(asked: Asked) -> Jobs:
     legal = (share % micro_rows == 0) & ((zeros < 3) | (pipeline == 1))
     legal &= (chunks == 1) | ((share / micro_rows) % pipeline == 0)
     if not legal.any():
-        raise DanluError(f"{asked.rows} rows a step cannot be shared by {world} accelerators", where="plan",
-                         fix="take a multiple of them: --tokens-per-step")  # fmt: skip
+        raise NoPlan(f"{asked.rows} rows a step cannot be shared by {world} accelerators", where="plan",
+                         fix="take a multiple of them as rows of a step")  # fmt: skip
     columns = {"tensor": tensor, "pipeline": pipeline, "context": context, "expert": expert, "chunks": chunks,
-               "data": data, "zero": zeros, "sharers": data * context, "sequence": tensor > 1,
-               "micro_rows": micro_rows, "micro_batches": share / micro_rows, "recompute": again}  # fmt: skip
-    weight = 4.0 if asked.precision == "fp32" else 2.0
-    same = model | {
-        "length": asked.length, "balanced": 0, "flash": 1, "compiled": 1, "weight_bytes": weight,
-        "gemm_bytes": {"fp8": 1.0, "fp4": 0.5}.get(asked.precision, weight),
-        "state_bytes": 8.0 if weight == 4 else 12.0, "gradient_bytes": 4.0, "peak": device.rate(asked.precision),
-        "memory_rate": device.memory_rate, "units": device.units, "near_rate": device.near, "far_rate": device.far,
-        "node": min(device.node, world),
-    }  # fmt: skip
-    return Jobs.of(**same, **{name: column[legal] for name, column in columns.items()})
+               "data": data, "zero": zeros, "sharers": data / expert, "expert_sharers": data / expert,
+               "sequence": tensor > 1, "micro_rows": micro_rows, "micro_batches": share / micro_rows,
+               "recompute": again}  # fmt: skip
+    return _jobs(asked, {name: column[legal] for name, column in columns.items()})
+
+
+def _jobs(asked: Asked, columns: Mapping[str, float | Column]) -> Jobs:
+    """Plans as rows: `columns` say how the work is cut, and `asked` what it is and on what."""
+    device, weight = asked.cluster.accelerator, 4.0 if asked.precision == "fp32" else 2.0
+    return Jobs.of(
+        **asked.model, **columns, length=asked.length, balanced=0, flash=1, compiled=1, weight_bytes=weight,
+        gemm_bytes={"fp8": 1.0, "fp4": 0.5}.get(asked.precision, weight), state_bytes=8.0 if weight == 4 else 12.0,
+        gradient_bytes=4.0, peak=device.rate(asked.precision), memory_rate=device.memory_rate, units=device.units,
+        near_rate=device.near, far_rate=device.far, node=min(device.node, asked.cluster.count), release=0,
+    )  # fmt: skip
+
+
+def given(
+    asked: Asked, plan: Plan, recompute: str, clock: Calibration = TIME_BELIEF, scale: Calibration = MEMORY_BELIEF
+) -> Choice:
+    """What is expected of one plan, whether it fits or not. Raises ValueError where it is not for so many processes."""
+    if plan.world != asked.cluster.count:
+        raise ValueError(f"a plan of {plan.world} processes for {asked.cluster.count} accelerators")
+    jobs = _jobs(asked, {
+        "tensor": plan.tensor, "pipeline": plan.pipeline, "context": plan.context, "expert": plan.expert,
+        "chunks": plan.stages, "data": plan.readers, "zero": plan.zero if plan.shard > 1 else 0, "sharers": plan.shard,
+        "expert_sharers": plan.shard, "sequence": plan.sequence and plan.tensor > 1,
+        "micro_rows": asked.rows / plan.readers / plan.micro_batches, "micro_batches": plan.micro_batches,
+        "recompute": RECOMPUTE.index(recompute),
+    })  # fmt: skip
+    return replace(_choice(jobs, 0, clock, scale), plan=plan.short())
+
+
+def room(asked: Asked) -> float:
+    """GiB of an accelerator that a plan may fill."""
+    return asked.cluster.accelerator.memory / GIB * USABLE
 
 
 def _degrees(asked: Asked) -> list[tuple[int, int, int, int, int]]:
@@ -143,13 +173,13 @@ def _degrees(asked: Asked) -> list[tuple[int, int, int, int, int]]:
 
 
 def search(asked: Asked, clock: Calibration = TIME_BELIEF, scale: Calibration = MEMORY_BELIEF, count: int = 5) -> Found:
-    """The fastest plans that fit. Raises DanluError where none does, saying by how much."""
+    """The fastest plans that fit. Raises NoPlan where none does, saying by how much."""
     jobs = candidates(asked)
-    room = asked.cluster.accelerator.memory / GIB * USABLE
+    most = room(asked)
     gib = scale.predict(fullest, jobs)
-    fits = np.flatnonzero(gib <= room)
+    fits = np.flatnonzero(gib <= most)
     if not len(fits):
-        raise _too_large(asked, jobs, float(gib.min()), room)
+        raise _too_large(asked, jobs, float(gib.min()), most)
     kept = jobs.take(fits)
     took = clock.predict(seconds, kept)
     kinds = sum((getattr(kept, name) > 1).astype(float) for name in ("tensor", "pipeline", "context", "expert"))
@@ -161,12 +191,12 @@ def search(asked: Asked, clock: Calibration = TIME_BELIEF, scale: Calibration = 
     return Found(best, pareto, len(jobs), len(fits))
 
 
-def _too_large(asked: Asked, jobs: Jobs, least: float, room: float) -> DanluError:
+def _too_large(asked: Asked, jobs: Jobs, least: float, most: float) -> NoPlan:
     device = asked.cluster.accelerator
     lacks = f"the smallest of {len(jobs)} plans takes {least:,.1f} GiB on each of {asked.cluster.count} {device.name}"
-    enough = math.ceil(asked.cluster.count * least / room)
+    enough = math.ceil(asked.cluster.count * least / most)
     fix = f"about {enough} of them might do, or shorter rows, or fewer rows a step"
-    return DanluError(f"{lacks}, {least - room:,.1f} GiB more than there is", where="plan", fix=fix)
+    return NoPlan(f"{lacks}, {least - most:,.1f} GiB more than there is", where="plan", fix=fix)
 
 
 def _choice(jobs: Jobs, row: int, clock: Calibration, scale: Calibration) -> Choice:

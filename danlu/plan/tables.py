@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -194,7 +195,8 @@ def _columns(row: Row, stack: Stack) -> dict[str, float]:
     return model | {
         "length": _number(row, "seq"), "tensor": tensor, "pipeline": pipeline, "data": data, "context": context,
         "chunks": _chunks(row, model["layers"], pipeline), "balanced": float(stack.balanced), "expert": expert,
-        "zero": zero, "sharers": data * context, "sequence": float(sequence and tensor > 1),
+        "zero": zero, "sharers": data * context, "expert_sharers": max(data * context / expert, 1),
+        "sequence": float(sequence and tensor > 1),
         "micro_rows": micro_rows, "micro_batches": batches, "recompute": _recompute(row, stack, world > node),
         "flash": float(stack.flash and "attention-backend=unfused" not in row["notes"]),
         "compiled": float(row["compile"] == "yes"),
@@ -202,6 +204,7 @@ def _columns(row: Row, stack: Stack) -> dict[str, float]:
         "state_bytes": stack.state_bytes, "gradient_bytes": stack.gradient_bytes, "peak": device.peak[precision],
         "memory_rate": device.memory_rate, "units": device.units, "near_rate": device.near,
         "far_rate": device.far if "800 Gbps" not in row["notes"] else 12.5e9, "node": node, "world": world,
+        "release": _release(row),
     }  # fmt: skip
 
 
@@ -223,9 +226,16 @@ def _model(row: Row, stack: Stack, tensor: float) -> dict[str, float]:
     return PLAIN | {
         "layers": _number(row, "layers"), "width": width, "heads": heads, "kv_heads": _number(row, "kv_heads", heads),
         "head_width": width / heads, "feedforward": inner, "gated": float(gated), "vocab": vocab, "tied": float(tied),
+        "outputs": vocab, "vectors": 2 * width, "ends": width,
         "positions": 0.0 if stack.gated else _number(row, "seq"), "experts": experts, "chosen": _number(row, "topk", 0),
         "expert_width": inner if experts else 0.0, "expert_layers": _number(row, "layers") if experts else 0.0,
     }  # fmt: skip
+
+
+def _release(row: Row) -> float:
+    """Of the container that a run was made in."""
+    told = re.search(r"(\d\d\.\d\d)\S* NeMo Container", row["notes"])
+    return float(told.group(1)) if told else 0.0
 
 
 def _small(row: Row) -> bool:

@@ -246,8 +246,8 @@ def optimizer_time(jobs: Jobs, c: dict[str, float]) -> Column:
 
 def head_time(jobs: Jobs, c: dict[str, float]) -> Column:
     """Seconds of the head and the loss for a micro-batch, forward and backward."""
-    forward, back = linear_time(jobs.tokens, jobs.width, jobs.vocab / jobs.tensor, np.ones(1), unnarrowed(jobs), c)
-    moved = jobs.tokens * jobs.vocab / jobs.tensor * 24
+    forward, back = linear_time(jobs.tokens, jobs.width, jobs.outputs / jobs.tensor, np.ones(1), unnarrowed(jobs), c)
+    moved = jobs.tokens * jobs.outputs / jobs.tensor * 24
     return forward + back + moved / (jobs.memory_rate * c["memory"])
 
 

@@ -20,14 +20,18 @@ from danlu.model.config import Experts, ModelConfig
 from danlu.plan.calibrate import Calibration, calibrate, folds
 from danlu.plan.cluster import Cluster, accelerators
 from danlu.plan.coefficient import Coefficient
-from danlu.plan.counts import weights
-from danlu.plan.describe import find, read_tokens
+from danlu.plan.counts import total_weights, weights
+from danlu.plan.describe import RUN as SCALES
+from danlu.plan.describe import Written, ask, ask_fit, find, read_tokens
 from danlu.plan.evaluate import cross_validate, evaluate_file, predict_file, regrets, scores
+from danlu.plan.explain import changes, whole_run
+from danlu.plan.fit import Fit, works
 from danlu.plan.jobs import Column, Jobs
-from danlu.plan.learned import Learned, first_stage, fullest, seconds
+from danlu.plan.learned import Learned, different, first_stage, fullest, seconds
 from danlu.plan.memory import MEMORY, device_memory
-from danlu.plan.plan import Plan
+from danlu.plan.plan import Plan, Work, check
 from danlu.plan.search import Asked, candidates, search
+from danlu.plan.search import given as given_plan
 from danlu.plan.shapes import of_config, shape, shapes
 from danlu.plan.tables import read_tables
 from danlu.plan.time import TIME, step_time
@@ -43,9 +47,10 @@ def job(**columns: float | Column) -> Jobs:
     """Llama 3.1 8B on H100s, each column as one likes."""
     plain = {
         "length": 4096, "tensor": 1, "pipeline": 1, "chunks": 1, "balanced": 0, "data": 8, "context": 1, "expert": 1,
-        "zero": 1, "sharers": 8, "sequence": 1, "micro_rows": 1, "micro_batches": 8, "recompute": 0, "flash": 1,
-        "compiled": 0, "weight_bytes": 2, "gemm_bytes": 2, "state_bytes": 12, "gradient_bytes": 4, "peak": 989e12,
-        "memory_rate": 3.35e12, "units": 132, "near_rate": 450e9, "far_rate": 50e9, "node": 8,
+        "zero": 1, "sharers": 8, "expert_sharers": 8, "sequence": 1, "micro_rows": 1, "micro_batches": 8,
+        "recompute": 0, "flash": 1, "compiled": 0, "weight_bytes": 2, "gemm_bytes": 2, "state_bytes": 12,
+        "gradient_bytes": 4, "peak": 989e12, "memory_rate": 3.35e12, "units": 132, "near_rate": 450e9,
+        "far_rate": 50e9, "node": 8, "release": 0,
     }  # fmt: skip
     return Jobs.of(**(shape("llama-3.1-8b") | plain | columns))
 
@@ -147,8 +152,24 @@ def test_what_is_known_of_like_jobs_is_used_and_shrunk() -> None:
     assert float(unlike[0]) == pytest.approx(1 / told.coefficients["rate"])
 
 
+def test_what_is_known_of_a_release_is_for_that_release_alone() -> None:
+    kinds = {"rate": Coefficient(1.0, 0.1, 10.0, 0.01, "1/s", "")}
+    release = np.repeat([26.02, 26.06, 0.0], 10)
+    jobs = job(micro_rows=np.tile(np.arange(1.0, 11.0), 3), release=release)
+    measured = jobs.micro_rows * np.where(release == 26.06, 0.7, 1.0)
+
+    def formula(some: Jobs, c: dict[str, float]) -> Column:
+        return some.micro_rows / c["rate"]
+
+    told = calibrate(formula, kinds, jobs, measured, (("release", "experts"),))
+    guess = told.predict(formula, jobs) * told.coefficients["rate"] / jobs.micro_rows
+    assert guess[15] < 0.8 * guess[5]
+    assert guess[25] == pytest.approx(1.0)  # of runs that do not tell it nothing is known
+    assert different(jobs, list(range(30))) == 10
+
+
 def test_a_group_is_never_split() -> None:
-    groups = [(name,) for name in "aabbccddeeff"]
+    groups: list[tuple[str, ...]] = [(name,) for name in "aabbccddeeff"]
     fold = folds(groups)
     assert all(len({fold[place] for place, group in enumerate(groups) if group == name}) == 1 for name in set(groups))
 
@@ -199,12 +220,17 @@ def test_a_cluster_that_is_too_small_says_by_how_much() -> None:
 )  # fmt: skip
 def test_bad_input_is_told_in_one_message(model: str, gpus: str, tokens: str, says: str) -> None:
     with pytest.raises(DanluError) as raised:
-        find(model, gpus, 4096, tokens, "bf16")
+        ask(model, gpus, 4096, tokens, "bf16")
     assert says in str(raised.value)
 
 
 def test_tokens_are_read_as_written() -> None:
     assert [read_tokens(text) for text in ("4M", "512k", "65536")] == [4 * 2**20, 512 * 2**10, 65536]
+    told = [read_tokens(text, "--tokens", SCALES) for text in ("15T", "1.5b", "4m")]
+    assert told == [15 * 10**12, 1_500_000_000, 4 * 10**6]
+    for text in ("15T", "0", "-1", "4 MB"):
+        with pytest.raises(DanluError, match="no number of tokens"):
+            read_tokens(text)
 
 
 def test_the_data_files_are_whole() -> None:
@@ -219,6 +245,127 @@ def test_the_data_files_are_whole() -> None:
 def test_the_planner_needs_no_torch() -> None:
     code = "import sys, danlu.plan.describe, danlu.plan.evaluate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+MODELS = st.sampled_from(("llama-3.1-8b", "qwen3-30b-a3b", "gpt3-175b"))
+
+
+@settings(deadline=None, max_examples=60)
+@given(MODELS, POWER, POWER, POWER, st.sampled_from((1, 4)), st.sampled_from((1, 2)), st.sampled_from((0, 1, 2)))
+def test_memory_never_rises_for_any_kind_of_model(
+    name: str, tensor: int, micro: int, sharers: int, expert: int, context: int, recompute: int
+) -> None:
+    expert = expert if shape(name)["experts"] else 1
+    plain = job(**shape(name), tensor=tensor, micro_rows=micro, sharers=sharers, expert_sharers=sharers, expert=expert,
+                context=context, data=16, recompute=recompute)  # fmt: skip
+    assert gib(plain.but(tensor=2.0 * tensor)) <= gib(plain)
+    assert gib(plain.but(context=2.0 * context)) <= gib(plain)
+    assert gib(plain.but(sharers=2.0 * sharers, expert_sharers=2.0 * sharers)) <= gib(plain)
+    if expert > 1:
+        assert gib(plain.but(expert=2.0 * expert)) <= gib(plain)
+    if recompute < 2:
+        assert gib(plain.but(recompute=recompute + 1.0)) <= gib(plain) * 1.001
+
+
+# --- What is explained ----------------------------------------------------------------------------------------------
+
+EIGHT = ask("llama-3.1-8b", "64xh100", 8192, "4M", "bf16")
+
+
+def test_a_whole_run_is_counted_in_hours_and_energy() -> None:
+    run = whole_run(EIGHT, 6.0, 15 * 10**12)
+    assert run.steps == 3_576_279  # 15e12 / (4 * 2**20), rounded up
+    assert run.hours == pytest.approx(run.steps * 6 / 3600)
+    assert run.accelerator_hours == pytest.approx(64 * run.hours)
+    assert run.kilowatt_hours == pytest.approx(run.accelerator_hours * 0.7 * 0.8)
+
+
+@pytest.mark.parametrize("gpus", ["64xh100", "64xa100-80gb", "8xh100", "2xl4"])
+def test_changes_buy_what_they_say_and_the_cheapest_come_first(gpus: str) -> None:
+    asked = ask("llama-3.1-8b" if gpus != "2xl4" else "smollm2-135m", gpus, 2048, "1M", "bf16")
+    found = search(asked)
+    best, told = found.best[0], changes(asked, found)
+    assert 1 <= len(told) <= 3
+    assert [each.price for each in told] == sorted(each.price for each in told)
+    assert any(each.what.startswith("+") for each in told)
+    for each in told:
+        assert each.time < -0.02 or each.memory < -0.02
+        plan = Plan.read(Plan.parse(each.plan))
+        more = int(each.what.split()[0]) if each.what.startswith("+") else 0
+        wider = dataclasses.replace(asked, cluster=Cluster(asked.cluster.accelerator, asked.cluster.count + more),
+                                    precision="fp8" if "fp8" in each.what else "bf16")  # fmt: skip
+        again = given_plan(wider, plan, each.recompute)
+        assert again.seconds - best.seconds == pytest.approx(each.seconds)
+        assert again.gib - best.gib == pytest.approx(each.gib)
+        share = wider.cluster.count / asked.cluster.count
+        assert each.price == pytest.approx(again.seconds / best.seconds * share - 1)
+
+
+def test_a_plan_that_was_found_is_told_alike_when_it_is_given() -> None:
+    for gpus in ("64xh100", "8xa100-40gb"):
+        asked = ask("qwen3-30b-a3b" if gpus == "64xh100" else "llama-2-7b", gpus, 4096, "2M", "bf16")
+        found = search(asked)
+        for choice in (*found.best, *found.pareto):
+            again = given_plan(asked, Plan.read(Plan.parse(choice.plan)), choice.recompute)
+            assert again.seconds == pytest.approx(choice.seconds)
+            assert again.gib == pytest.approx(choice.gib)
+
+
+def test_a_written_plan_is_compared_or_refused() -> None:
+    config = ModelConfig(vocab_size=128256, width=4096, layers=32, heads=32, kv_heads=8, head_width=128,
+                         feedforward_width=14336, context=8192)  # fmt: skip
+    work = Work(config, EIGHT.rows, EIGHT.length)
+    found = search(EIGHT)
+    for choice in (*found.best, *found.pareto):
+        check(Plan.read(Plan.parse(choice.plan)), work, 64)  # what is found, the engine can carry out
+    alone = find(EIGHT, written=Written("r.yaml", Plan(data=64), "none", work))["written"]
+    assert not alone["fits"]  # 16 bytes a weight and more on every one
+    other = find(EIGHT, written=Written("r.yaml", Plan(shard=8, tensor=8, micro_batches=64), "full", work))["written"]
+    assert other["fits"]
+    wrong = find(EIGHT, written=Written("r.yaml", Plan(shard=3), "full", work))["written"]
+    assert "64" in wrong["problem"]
+
+
+# --- What fits at all -----------------------------------------------------------------------------------------------
+
+
+def test_the_largest_model_fits_and_no_larger_one_does() -> None:
+    said, asked = ask_fit("model", None, "8xa100-80gb", 4096, "1M", "bf16")
+    assert works(asked)
+    larger = [each for each in shapes().values() if total_weights(each) > total_weights(asked.model)]
+    assert larger
+    assert not any(works(dataclasses.replace(asked, model=each)) for each in larger)
+    assert shape(said.split()[-1]) == asked.model
+
+
+def test_the_longest_rows_fit_and_longer_ones_do_not() -> None:
+    _, asked = ask_fit("context", "llama-3.1-8b", "8xh100", 4096, "1M", "bf16")
+    assert asked.length * asked.rows == 2**20
+    assert works(asked)
+    assert not works(dataclasses.replace(asked, length=2 * asked.length, rows=asked.rows // 2))
+    _, short = ask_fit("context", "gpt3-175b", "512xh100", 2048, "1M", "bf16")
+    assert short.length == 2048  # it learned no more places
+
+
+@pytest.mark.parametrize("model", ["smollm2-135m", "llama-3.1-8b", "llama-3.1-70b"])
+def test_the_smallest_cluster_works_and_no_smaller_one_of_whole_nodes(model: str) -> None:
+    _, asked = ask_fit("cluster", model, "h100", 4096, "1M", "bf16")
+    assert works(asked)
+    count, node = asked.cluster.count, asked.cluster.accelerator.node
+    smaller = range(1, count) if count <= node else range(node, count, node)
+    for size in smaller:
+        assert not works(dataclasses.replace(asked, cluster=Cluster(asked.cluster.accelerator, size)))
+
+
+@pytest.mark.parametrize(
+    ("fit", "model", "gpus", "says"),
+    [("model", "llama-2-7b", "8xh100", "leave it out"), ("cluster", None, "h100", "--model"),
+     ("cluster", "llama-2-7b", "8xh100", "say --gpus h100"), ("context", "trillion", "8xh100", "no length")],
+)  # fmt: skip
+def test_words_that_do_not_fit_together_are_told(fit: Fit, model: str | None, gpus: str, says: str) -> None:
+    with pytest.raises(DanluError) as raised:
+        ask_fit(fit, model, gpus, 4096, "1M", "bf16")
+    assert says in str(raised.value)
 
 
 # --- Tables ---------------------------------------------------------------------------------------------------------
