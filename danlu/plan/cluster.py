@@ -56,6 +56,14 @@ class Cluster:
     accelerator: Accelerator
     count: int
 
+    @property
+    def launch(self) -> str:
+        """What `danlu train` is told to start a process for each accelerator."""
+        nodes, rest = divmod(self.count, self.accelerator.node)
+        if nodes <= 1 or rest:
+            return f"--nproc {self.count}"
+        return f"--nodes {nodes} --nproc {self.accelerator.node} --rendezvous HOST:PORT"
+
     @classmethod
     def parse(cls, text: str) -> Cluster:
         """`64xH100` or `8 x a100-40gb`. Raises DanluError where it is neither, or names no accelerator known."""

@@ -95,7 +95,7 @@ def find(asked: Asked, tokens: int | None = None, written: Written | None = None
         "limit": limit(best, asked.cluster.accelerator), "tried": found.tried, "fitting": found.fitting,
         "runners_up": [asdict(each) for each in found.best[1:]], "pareto": [asdict(each) for each in found.pareto],
         "changes": [asdict(each) for each in changes(asked, found)],
-        "command": f"danlu train {recipe} --nproc {asked.cluster.count} --plan {best.plan}"
+        "command": f"danlu train {recipe} {asked.cluster.launch} --plan {best.plan}"
         + (f" --set recompute={best.recompute}" if best.recompute != recompute else ""),
     }  # fmt: skip
     if tokens is not None:

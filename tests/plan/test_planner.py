@@ -462,3 +462,8 @@ def test_what_others_taught_is_trusted_less() -> None:
     assert taught.nearest(("megatron", "h100", "many nodes")).spread == 0.3
     assert taught.nearest(("nemo", "h100", "one node")).spread == 0.3
     assert taught.nearest(("megatron", "a100-80gb", "one node")) is belief
+
+
+def test_machines_are_started_as_many_as_there_are() -> None:
+    assert Cluster.parse("4xh100").launch == "--nproc 4"
+    assert Cluster.parse("64xh100").launch.startswith("--nodes 8 --nproc 8 --rendezvous")
