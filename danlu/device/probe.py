@@ -36,6 +36,7 @@ EXTRAS = {
     "serve": ("starlette", "uvicorn"),
     "report": ("matplotlib",),
     "tensorboard": ("tensorboard",),
+    "evaluate": ("sacrebleu",),
     "cluster": ("ray",),
     "float8": ("torchao",),
     "examples": ("gymnasium", "PIL"),

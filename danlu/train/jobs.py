@@ -15,7 +15,8 @@ from danlu.settings import Bytes, Settings
 MEETING_PORT = 29400  # torch's usual port of a rendezvous
 USERS_MISTAKE, HANG = 2, 3  # exit codes that another attempt would meet again
 MOVED = 143  # exit code of what SIGTERM ended
-TELL_A_MOVE = f'work=$!; trap \'kill -TERM "$work"; wait "$work"; exit {MOVED}\' TERM; wait "$work"'
+# Set before anything starts; $! is the last that did.
+TELL_A_MOVE = f"""trap 'kill -TERM "$!"; wait "$!"; exit {MOVED}' TERM"""
 NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,50}[a-z0-9])?")  # of a job, as RFC 1123 has labels, with room for an index
 
 
@@ -202,7 +203,7 @@ def _pod(recipe: str, words: tuple[str, ...], settings: JobSettings) -> dict[str
             {
                 "name": "train",
                 "image": settings.image,
-                "command": ["/bin/sh", "-c", f"{shlex.join(line)} & {TELL_A_MOVE}"],
+                "command": ["/bin/sh", "-c", f'{TELL_A_MOVE}; {shlex.join(line)} & wait "$!"'],
                 "resources": {"requests": resources, "limits": resources},
                 "volumeMounts": mounts,
             }
