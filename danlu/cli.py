@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec
+from typing import Annotated, Any, Literal, ParamSpec
 
 import typer
 from typer.core import TyperGroup
@@ -17,10 +17,6 @@ from typer.core import TyperGroup
 from danlu import __version__
 from danlu.console import complain, result, say, table
 from danlu.errors import DanluError, is_disk_full
-
-if TYPE_CHECKING:
-    from danlu.plan.describe import Written
-    from danlu.plan.search import Asked
 
 UNEXPECTED = 70  # exit code of a fault in Danlu itself (EX_SOFTWARE of sysexits.h)
 Stage = Literal["data", "tune", "evaluate", "compress", "certify", "report"]
@@ -557,7 +553,12 @@ def plan_find(
         if any(given is not None for given in (model_name, seq, tokens_per_step, precision, fit)):
             fix = "--set changes a setting of it"
             raise DanluError("the recipe says which model, rows and precision", where="plan", fix=fix)
-        asked, written, learned = _ask_recipe(recipe, gpus, overrides)
+        from danlu.recipe import read_recipe
+        from danlu.train.forecast import ask_recipe
+        from danlu.train.recipe import TrainRecipe
+
+        read = read_recipe(recipe, overrides or (), TrainRecipe).recipe.beside(recipe.parent)
+        asked, written, learned = ask_recipe(read, recipe, gpus)
         run = run or learned
     elif overrides:
         raise DanluError("--set changes a setting of a recipe, and none is named", where="plan")
@@ -574,51 +575,6 @@ def plan_find(
     if told:
         result(told)
     print_found(answer)
-
-
-def _ask_recipe(path: Path, gpus: str, overrides: list[str] | None) -> tuple[Asked, Written, int]:
-    """What a recipe of `danlu train` trains, its own plan, and the tokens of the run. Raises DanluError."""
-    from danlu.data.rows_settings import RowsSettings
-    from danlu.model.checkpoint import StoredModel
-    from danlu.model.families.known import family_of
-    from danlu.plan.cluster import Cluster
-    from danlu.plan.describe import Written
-    from danlu.plan.plan import Plan, Work
-    from danlu.plan.search import Asked
-    from danlu.plan.shapes import of_config
-    from danlu.recipe import read_recipe
-    from danlu.train.offloading.offload import OffloadSettings
-    from danlu.train.recipe import TrainRecipe
-
-    recipe = read_recipe(path, overrides or (), TrainRecipe).recipe.beside(path.parent)
-    if recipe.model.base is not None:
-        config = StoredModel.open(recipe.model.base).config
-    else:
-        learned = recipe.data.vocabulary
-        keys = {**recipe.model.shape, "architectures": [recipe.model.architecture]}
-        if learned is not None and learned.size is not None:
-            keys.setdefault("vocab_size", learned.size)
-        if "vocab_size" not in keys:
-            fix = "say it: --set model.shape.vocab_size=32000"
-            raise DanluError("how many words there are is known only once the data is read", where=path, fix=fix)
-        config = family_of(keys, Path("model.architecture")).config(keys, Path("model.shape"))
-    length = recipe.data.limit if isinstance(recipe.data, RowsSettings) else recipe.batch.window
-    cluster, rows = Cluster.parse(gpus), recipe.own_rows
-    precision = {"fp32": "fp32", "float8": "fp8"}.get(recipe.precision, "bf16")
-    asked = Asked(of_config(config), cluster, length, rows, precision)
-    set_besides = {
-        "offload": recipe.offload != OffloadSettings(), "apart": recipe.apart is not None,
-        "objective.teacher": recipe.objective.teacher is not None, "batch.growing": bool(recipe.batch.growing),
-        f"optimizer.name={recipe.optimizer.name}": recipe.optimizer.name not in ("adam", "adamw"),
-        f"optimizer.state={recipe.optimizer.state}": recipe.optimizer.state == "8bit",
-        "optimizer.ema": recipe.optimizer.ema is not None, "optimizer.frozen": bool(recipe.optimizer.frozen),
-        "plan.overlap": recipe.plan is not None and recipe.plan.overlap,
-        "plan.schedule=zero-bubble": recipe.plan is not None and recipe.plan.schedule == "zero-bubble",
-    }  # fmt: skip
-    uncounted = tuple(name for name, is_set in set_besides.items() if is_set)
-    own = recipe.plan or Plan(data=cluster.count)
-    written = Written(str(path), own, recipe.recompute, Work(config, rows, length), uncounted)
-    return asked, written, recipe.steps * rows * length
 
 
 @functools.partial(command, group=plan, name="predict")

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from danlu.data.batch import Batches
 from danlu.data.datasets import LabelledText, Question, TaggedWords, names_of
 from danlu.data.encoding import Encoded, Limit
 from danlu.data.labelled import (
@@ -34,7 +35,6 @@ from danlu.errors import DanluError, nearest
 from danlu.model.transformer import Model
 from danlu.plan.plan import Plan
 from danlu.tokenizer import Tokenizer
-from danlu.train.loop import Batches
 from danlu.train.mesh import Mesh
 from danlu.train.objective import Labels, Loss, Regression, Spans, StackObjective, label_logits
 from danlu.train.recipe import ObjectiveSettings, TrainRecipe

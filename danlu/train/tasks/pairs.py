@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from danlu.console import progress
+from danlu.data.batch import Batches
 from danlu.data.datasets import Pair
 from danlu.data.encoding import Limit
 from danlu.data.pairs import PairBatch, PairRows, TextPairRows, TextPairs, pair_rows, text_pair_rows
@@ -21,7 +22,6 @@ from danlu.model.config import EncoderDecoderConfig
 from danlu.model.transformer import EncoderDecoder, Model
 from danlu.plan.plan import Plan
 from danlu.tokenizer import Tokenizer
-from danlu.train.loop import Batches
 from danlu.train.mesh import Mesh
 from danlu.train.objective import Words
 from danlu.train.objectives.contrastive import Contrastive, gather_rows

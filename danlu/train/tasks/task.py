@@ -11,24 +11,24 @@ import torch
 
 from danlu.artifact import write_json
 from danlu.console import say
+from danlu.data.batch import Batches
 from danlu.data.rows_settings import RowsSettings
 from danlu.errors import DanluError
 from danlu.model.checkpoint import StoredModel
 from danlu.model.transformer import Model
 from danlu.plan.plan import Plan
-from danlu.tokenizer import Tokenizer
-from danlu.train.loop import Batches
 from danlu.train.mesh import Mesh
 from danlu.train.recipe import TrainRecipe
 from danlu.train.replica import Replica
 from danlu.train.tasks.labels import make_label_task
 from danlu.train.tasks.pairs import make_contrast_task, make_pair_task
+from danlu.train.tasks.shape import Shaping
 from danlu.train.tasks.text import make_text_task
 
 RECIPE = "recipe.json"
 
 
-class Task(Protocol):
+class Task(Shaping, Protocol):
     """Rows to learn from, rows to measure on, and what a model does with them.
 
     Attributes:
@@ -41,22 +41,10 @@ class Task(Protocol):
     """
 
     @property
-    def tokenizer(self) -> Tokenizer: ...
-
-    @property
     def identity(self) -> Any: ...
 
     @property
-    def keys(self) -> dict[str, Any]: ...
-
-    @property
-    def head(self) -> str: ...
-
-    @property
     def batch(self) -> type: ...
-
-    @property
-    def length(self) -> int: ...
 
     def check(self, plan: Plan) -> None:
         """Raise DanluError where a plan cannot carry these rows."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from danlu.data.batch import Batches
 from danlu.data.corpus import Corpus, Crops, build_corpus, read_pieces
 from danlu.data.corrupt import MaskedStream, Masking, SpanCorruption, SpanStream
 from danlu.data.mixing import MixtureStream, growing
@@ -19,7 +20,6 @@ from danlu.errors import DanluError
 from danlu.model.transformer import Model
 from danlu.plan.plan import Plan
 from danlu.tokenizer import Tokenizer
-from danlu.train.loop import Batches
 from danlu.train.mesh import Mesh
 from danlu.train.objective import Words
 from danlu.train.recipe import TrainRecipe
