@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -31,6 +32,21 @@ from danlu.model.transformer import Decoder
 from danlu.tokenizer import Tokenizer
 
 Type = Literal["f32", "f16", "bf16"]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix in one of GGML's number formats.
+
+    Attributes:
+        kind: the format.
+        data: uint8 [..., rows, bytes of a row].
+    """
+
+    kind: gguf.GGMLQuantizationType
+    data: Tensor
+
+
 TYPES: dict[Type, tuple[torch.dtype, gguf.GGMLQuantizationType, gguf.LlamaFileType]] = {
     "f32": (torch.float32, gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),
     "f16": (torch.float16, gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
@@ -114,9 +130,25 @@ def write_gguf(model: Decoder, tokenizer: Tokenizer, out: Path, dtype: Type = "f
 
     Raises DanluError where llama.cpp would compute or tokenise otherwise, or a weight does not fit in `dtype`.
     """
-    config = model.config
+    write_weights(model.config, model.state_dict(), tokenizer, out, dtype)
+
+
+def write_weights(
+    config: ModelConfig,
+    weights: Mapping[str, Tensor | Packed],
+    tokenizer: Tokenizer,
+    out: Path,
+    dtype: Type = "f32",
+    file_type: gguf.LlamaFileType | None = None,
+) -> None:
+    """Write weights by their names in a model, of which some may be packed already. See `write_gguf`.
+
+    Args:
+        dtype: of matrices that are not packed.
+        file_type: what the file says most of it is; by default `dtype`.
+    """
     family = family_for(config)
-    metadata = {**write_metadata(config), **_general(dtype)}
+    metadata = {**write_metadata(config), **_general(file_type or TYPES[dtype][2])}
     metadata |= {f"tokenizer.{key}": value for key, value in tokenizer.gguf_metadata(config.vocab_size).items()}
     arch = metadata["general.architecture"]
     context = metadata[f"{arch}.context_length"]
@@ -128,16 +160,17 @@ def write_gguf(model: Decoder, tokenizer: Tokenizer, out: Path, dtype: Type = "f
     try:
         for key, value in metadata.items():
             _add(writer, key, value)
-        weights = _weights_out(model, family)
-        for out_tensor in weights:
-            kind = _kind(out_tensor, dtype)
-            size = math.prod(out_tensor.shape) * kind.itemsize
-            writer.add_tensor_info(out_tensor.name, out_tensor.shape, np.dtype(np.float32), size, _ggml_type(kind))
+        tensors = _weights_out(config, weights, family)
+        for tensor in tensors:
+            stored = np.dtype(np.float32 if tensor.packed is None else np.uint8)
+            kind = _kind(tensor, dtype)
+            size = math.prod(tensor.shape) * kind.itemsize
+            writer.add_tensor_info(tensor.name, tensor.shape, stored, size, tensor.packed or _ggml_type(kind))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for out_tensor in weights:
-            writer.write_tensor_data(_bytes(out_tensor, _kind(out_tensor, dtype)))
+        for tensor in tensors:
+            writer.write_tensor_data(_bytes(tensor, _kind(tensor, dtype)))
         writer.flush()
         writer.close()
         sync(aside)
@@ -149,10 +182,10 @@ def write_gguf(model: Decoder, tokenizer: Tokenizer, out: Path, dtype: Type = "f
         aside.unlink(missing_ok=True)
 
 
-def _general(dtype: Type) -> dict[str, Any]:
+def _general(file_type: gguf.LlamaFileType) -> dict[str, Any]:
     return {
         "general.type": "model",
-        "general.file_type": int(TYPES[dtype][2]),
+        "general.file_type": int(file_type),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
     }
 
@@ -175,12 +208,17 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class _Out:
-    """A tensor to write: its parts are joined, and brought into GGUF's order, only when it is its turn."""
+    """A tensor to write: its parts are joined, and brought into GGUF's order, only when it is its turn.
+
+    Attributes:
+        packed: the number format of a matrix whose parts are bytes already; all that is done to rows holds for them.
+    """
 
     name: str
     place: Place
     parts: list[Tensor]
     heads: int | None
+    packed: gguf.GGMLQuantizationType | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -192,21 +230,25 @@ class _Out:
         return self.place.put(parts)
 
 
-def _weights_out(model: Decoder, family: Family) -> list[_Out]:
-    weights, names = model.state_dict(), family.gguf_names
-    heads = {names.theirs(name): _rotated_heads(name, model.config) if family.neighbours else None for name in weights}
+def _weights_out(config: ModelConfig, weights: Mapping[str, Tensor | Packed], family: Family) -> list[_Out]:
+    names = family.gguf_names
+    heads = {names.theirs(name): _rotated_heads(name, config) if family.neighbours else None for name in weights}
+    packed = {names.theirs(name): weight.kind for name, weight in weights.items() if isinstance(weight, Packed)}
+    plain = {name: weight.data if isinstance(weight, Packed) else weight for name, weight in weights.items()}
     try:
-        made = [_Out(name, place, parts, heads[name]) for name, place, parts in names.outward(weights)]
+        made = [_Out(name, place, parts, heads[name], packed.get(name)) for name, place, parts in names.outward(plain)]
     except KeyError as error:
         what = f"GGUF has no name for the weight {error.args[0]}"
         raise DanluError(what, fix="merge adapters before writing") from None
-    factors = rope_factors(model.config)
+    factors = rope_factors(config)
     if factors is not None:
         made.append(_Out(ROPE_FACTORS, Place(ROPE_FACTORS, bare=True), [torch.tensor(factors)], None))
     return made
 
 
 def _kind(tensor: _Out, dtype: Type) -> torch.dtype:
+    if tensor.packed is not None:
+        return torch.uint8
     # llama.cpp reads norms and biases in fp32.
     exact = len(tensor.shape) == 1 or tensor.name.endswith(EXACT)
     return torch.float32 if exact else TYPES[dtype][0]

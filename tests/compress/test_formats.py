@@ -1,0 +1,110 @@
+"""Our own rounding to GGML's number formats: bytes as the gguf package reads them, and errors made up for."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from danlu.compress.formats.grid import nearest
+from danlu.compress.formats.known import FORMATS, Format, fitting, format_of
+from danlu.compress.rounding import Inputs, Rounded, round_compensated, round_plainly
+from danlu.errors import DanluError
+
+EVERY = sorted(FORMATS)
+
+
+def weights(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """As models have them: rows of different size, a few large numbers, rows and blocks of zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    made = torch.randn(rows, columns, generator=generator) * torch.rand(rows, 1, generator=generator) * 0.1
+    made[torch.rand(made.shape, generator=generator) < 0.01] *= 8
+    made[0], made[1, :32] = 0, 0
+    return made
+
+
+def same_as_read(rounded: Rounded, form: Format) -> bool:
+    read = gguf.dequantize(np.ascontiguousarray(rounded.packed.numpy()), form.kind)
+    return np.array_equal(read, rounded.values.numpy())
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_values_are_those_that_a_reader_of_the_file_gets_to_the_bit(name: str) -> None:
+    form = FORMATS[name]
+    weight = weights(24, 512)
+    products = torch.randn(600, 512, generator=torch.Generator().manual_seed(1))
+    for rounded in (round_plainly(weight, form), round_compensated(weight, form, Inputs(products.T @ products))):
+        assert rounded.packed.shape == (24, 512 // form.block * gguf.GGML_QUANT_SIZES[form.kind][1])
+        assert same_as_read(rounded, form)
+        assert not rounded.values[0].any(), "zeros stay zeros"
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(EVERY), st.integers(0, 2**31), st.sampled_from([1e-12, 1e-3, 1.0, 1e4]))
+def test_any_scale_of_weights_survives(name: str, seed: int, scale: float) -> None:
+    form = FORMATS[name]
+    weight = weights(4, 256, seed) * scale
+    rounded = round_plainly(weight, form)
+    assert rounded.values.isfinite().all() and same_as_read(rounded, form)
+    if scale > 1e-12:  # below, fp16 holds no step
+        most = 0.9 if name == "tq2_0" else 0.4  # one step for 256 numbers of which a few are large
+        assert (rounded.values - weight).square().sum() < most * weight.square().sum()
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "tq2_0"])
+def test_plain_rounding_loses_less_than_the_gguf_packages(name: str) -> None:
+    form, weight = FORMATS[name], weights(64, 512)
+    theirs = torch.from_numpy(gguf.dequantize(gguf.quantize(weight.numpy(), form.kind), form.kind))
+    ours = round_plainly(weight, form).values
+    assert (ours - weight).square().sum() < (theirs - weight).square().sum()
+
+
+def test_more_bits_lose_less() -> None:
+    weight = weights(64, 512)
+    names = ["tq2_0", "q2_k", "q3_k", "q4_0", "q4_k", "q5_k", "q6_k", "q8_0"]
+    lost = [float((round_plainly(weight, FORMATS[name]).values - weight).square().sum()) for name in names]
+    assert lost == sorted(lost, reverse=True)
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q4_k", "q3_k", "q2_k", "iq4_nl"])
+def test_making_up_for_errors_keeps_outputs_nearer(name: str) -> None:
+    """Inputs that go together, as a model's do: outputs of the compensated matrix are nearer by a quarter at least."""
+    generator = torch.Generator().manual_seed(2)
+    mixing = torch.randn(512, 512, generator=generator) * torch.rand(512, generator=generator)
+    inputs = torch.randn(4096, 512, generator=generator) @ mixing
+    weight = weights(64, 512)
+
+    def lost(rounded: Rounded) -> float:
+        return float(((rounded.values - weight) @ inputs.T).square().sum())
+
+    form, products = FORMATS[name], Inputs(inputs.T @ inputs)
+    assert lost(round_compensated(weight, form, products)) < 0.75 * lost(round_plainly(weight, form))
+    assert lost(round_plainly(weight, form, products.importance)) < lost(round_plainly(weight, form))
+
+
+def test_inputs_that_never_were_do_not_break_it() -> None:
+    inputs = torch.randn(100, 256, generator=torch.Generator().manual_seed(3))
+    inputs[:, 7] = 0
+    made = round_compensated(weights(8, 256), FORMATS["q4_0"], Inputs(inputs.T @ inputs))
+    assert made.values.isfinite().all()
+
+
+@given(st.lists(st.floats(-130, 130, width=32), min_size=1, max_size=50))
+def test_uneven_levels_are_searched_rightly(numbers: list[float]) -> None:
+    levels = FORMATS["iq4_nl"].levels
+    x = torch.tensor([numbers])
+    found = levels[nearest(x, torch.ones(1, 1), levels).int()]
+    assert torch.equal((x - found).abs(), (x[..., None] - levels).abs().amin(-1))
+
+
+def test_names_and_what_stands_in() -> None:
+    assert format_of("Q4_K") is FORMATS["q4_k"]
+    with pytest.raises(DanluError, match="q4_z") as problem:
+        format_of("q4_z")
+    assert "did you mean q4_" in str(problem.value.fix)
+    assert fitting(FORMATS["q4_k"], 512) is FORMATS["q4_k"]
+    assert fitting(FORMATS["q4_k"], 576) is FORMATS["q5_0"]
+    assert fitting(FORMATS["q4_0"], 100) is None
