@@ -52,8 +52,9 @@ bench: $(VENV)/.installed-dev ## measure side by side with peers; results go to 
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
 	  $(BIN)/python bench/gpu.py; else echo "== there is no CUDA GPU here, so bench/gpu.py is left out"; fi
 
-bench-planner: $(VENV)/.installed-dev ## how wrong the planner is about runs that others measured
+bench-planner: $(VENV)/.installed-dev ## how wrong the planner is about runs that others measured, and about this machine
 	$(BIN)/python bench/planner.py
+	$(BIN)/python bench/planner_machine.py
 
 soak: $(VENV)/.installed-dev ## run the long checks: what is killed at random moments, every plan taken up by every other
 	@echo "== the long checks: pytest -m soak"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from danlu.plan.jobs import Column, Jobs
 Predict = Callable[[Jobs, dict[str, float]], Column]
 NOISE = 0.03  # of a measured run, in natural logarithms; errors beyond twice of it count by their size, not its square
 SHRINK = 2.0  # runs that the belief "as the formula says" counts for, against those measured of the same layer
+CLOSER = 0.3  # doubt of a coefficient on one kind of hardware, once runs on others have been seen, against before
 FARTHEST = 0.7  # logarithm of the most that a layer measured before may differ from the formula
 OUTSIDE = 0.1  # of measured runs, that the interval leaves out
 
@@ -42,6 +43,7 @@ class Calibration:
     Attributes:
         coefficients: by name.
         known: from the coarser to the finer.
+        common: those of them that hold for other hardware, too.
         spread: half the width of the interval that holds 9 of 10 measured runs, in natural logarithms.
         runs: that it was fitted to.
     """
@@ -50,11 +52,17 @@ class Calibration:
     known: list[Known] = field(default_factory=list)
     spread: float = 0.5
     runs: int = 0
+    common: list[Known] = field(default_factory=list)
 
     def predict(self, formula: Predict, jobs: Jobs) -> Column:
         """The formula with these coefficients, times what is known of like jobs."""
         told = np.broadcast_to(formula(jobs, self.coefficients), len(jobs))
-        return told * np.exp(sum((known.of(jobs) for known in self.known), np.zeros(len(jobs))))
+        return told * np.exp(logarithm(self.known, jobs))
+
+
+def logarithm(known: Sequence[Known], jobs: Jobs) -> Column:
+    """Of all factors together."""
+    return sum((each.of(jobs) for each in known), np.zeros(len(jobs)))
 
 
 def keys(jobs: Jobs, columns: tuple[str, ...]) -> list[tuple[float, ...]]:
@@ -73,6 +81,8 @@ def calibrate(
     jobs: Jobs,
     measured: Column,
     levels: tuple[tuple[str, ...], ...] = (),
+    common: tuple[tuple[str, ...], ...] = (),
+    wider: Calibration | None = None,
 ) -> Calibration:
     """Fit the coefficients to measured runs, then learn what like jobs have in common, level by level.
 
@@ -80,17 +90,38 @@ def calibrate(
         formula: (jobs, coefficients) -> what is predicted, positive.
         measured: of each job, in the formula's unit.
         levels: columns by which jobs are held alike, the coarser first.
+        common: the same, of what holds for other hardware, too: learned first, and taken out before the coefficients
+            are fitted once more.
+        wider: what runs on other hardware taught, these among them: believed here before anything is measured.
     """
-    fitted = fit(formula, coefficients, jobs, measured)
-    left = np.log(measured) - np.log(np.broadcast_to(formula(jobs, fitted), len(jobs)))
-    known = []
+    believed_here = coefficients if wider is None else _closer(coefficients, wider)
+    known: list[Known] = []
+    if wider is not None:
+        known = list(wider.common)
+    elif common:
+        fitted = fit(formula, coefficients, jobs, measured)
+        left = np.log(measured) - np.log(np.broadcast_to(formula(jobs, fitted), len(jobs)))
+        for columns in common:
+            known.append(_known(columns, jobs, left))
+            left = left - known[-1].of(jobs)
+    shared = list(known)
+    fitted = fit(formula, believed_here, jobs, measured / np.exp(logarithm(shared, jobs)))
+    left = np.log(measured) - np.log(np.broadcast_to(formula(jobs, fitted), len(jobs))) - logarithm(shared, jobs)
     for columns in levels:
         level = _known(columns, jobs, left)
         left = left - level.of(jobs)
         known.append(level)
     # Errors of runs that were fitted to are smaller than those of others: the more so, the fewer runs there were.
     spread = float(np.quantile(np.abs(left), 1 - OUTSIDE)) * (1 + 2 * len(coefficients) / len(measured))
-    return Calibration(fitted, known, spread, len(measured))
+    return Calibration(fitted, known, spread, len(measured), shared)
+
+
+def _closer(coefficients: dict[str, Coefficient], wider: Calibration) -> dict[str, Coefficient]:
+    """The same coefficients, believed to be as wider runs taught, and that less doubtful."""
+    return {
+        name: replace(each, start=wider.coefficients[name], doubt=each.doubt * CLOSER)
+        for name, each in coefficients.items()
+    }
 
 
 def _known(columns: tuple[str, ...], jobs: Jobs, left: Column) -> Known:

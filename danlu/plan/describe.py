@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from danlu.console import result, table
 from danlu.errors import DanluError
+from danlu.plan.adapters import Lora
 from danlu.plan.cluster import Cluster
+from danlu.plan.command import command
 from danlu.plan.explain import changes, limit, whole_run
-from danlu.plan.fit import Fit, largest_model, longest_context, smallest_cluster
+from danlu.plan.fit import Fit, largest_batch, largest_model, longest_context, smallest_cluster
+from danlu.plan.offload import Offload, Places
 from danlu.plan.plan import Plan, Work, check
-from danlu.plan.search import Asked, given, room, search
-from danlu.plan.shapes import shape
+from danlu.plan.search import Asked, Choice, given, room, search
+from danlu.plan.shapes import shape, shape_for
 
 STEP = {"": 1, "k": 1024, "m": 1024**2}  # of a step, as batches are counted
 RUN = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}  # of a run, as corpora are counted
@@ -29,6 +33,7 @@ class Written:
         recompute: none, selective or full.
         work: what it must be possible for.
         uncounted: what else is set that takes or saves time or memory, and no prediction knows of.
+        resting: what it puts away from the device.
     """
 
     recipe: str
@@ -36,6 +41,7 @@ class Written:
     recompute: str
     work: Work
     uncounted: tuple[str, ...] = ()
+    resting: Places = field(default_factory=Places)
 
 
 def read_tokens(text: str, where: str = "--tokens-per-step", scales: dict[str, int] = STEP) -> int:
@@ -55,24 +61,39 @@ def rows_of(tokens: str, length: int) -> int:
     return rows
 
 
-def ask(model: str, gpus: str, length: int, tokens: str, precision: str) -> Asked:
+def ask(
+    model: str, gpus: str, length: int, tokens: str, precision: str, lora: Lora | None = None, offload: Offload = "none"
+) -> Asked:
     """A question from words. Raises DanluError where one cannot be read."""
-    return Asked(shape(model), Cluster.parse(gpus), length, rows_of(tokens, length), precision)
+    columns, cluster = shape_for(model, length), Cluster.parse(gpus)
+    return Asked(columns, cluster, length, rows_of(tokens, length), precision, lora=lora, offload=offload)
 
 
-def ask_fit(fit: Fit, model: str | None, gpus: str, length: int, tokens: str, precision: str) -> tuple[str, Asked]:
+def ask_fit(
+    fit: Fit,
+    model: str | None,
+    gpus: str,
+    length: int,
+    tokens: str,
+    precision: str,
+    lora: Lora | None = None,
+    offload: Offload = "none",
+) -> tuple[str, Asked]:
     """What is possible, in words and as a question. Raises DanluError where nothing is, or the words do not fit."""
     if (fit == "model") != (model is None):
         what = "--fit model looks for the model" if fit == "model" else f"--fit {fit} needs to know the model"
         raise DanluError(what, where="--model", fix="leave it out" if model else "say --model llama-3.1-8b")
     cluster, rows = Cluster.parse(gpus), rows_of(tokens, length)
     if model is None:
-        name, asked = largest_model(cluster, length, rows, precision)
+        name, asked = largest_model(cluster, length, rows, precision, lora, offload)
         return f"the largest of the known models is {name}", asked
-    asked = Asked(shape(model), cluster, length, rows, precision)
+    asked = Asked(shape(model), cluster, length, rows, precision, lora=lora, offload=offload)
     if fit == "context":
         asked = longest_context(asked)
         return f"the longest rows have {asked.length:,} tokens, {asked.rows:,} of them a step", asked
+    if fit == "batch":
+        asked = largest_batch(asked)
+        return f"the largest batch is {asked.micro_rows:,} x {length:,} tokens at once", asked
     if cluster.count > 1:
         fix = f"say --gpus {cluster.accelerator.name}"
         raise DanluError("--fit cluster looks for the number of accelerators", where="--gpus", fix=fix)
@@ -80,23 +101,30 @@ def ask_fit(fit: Fit, model: str | None, gpus: str, length: int, tokens: str, pr
     return f"the smallest cluster has {asked.cluster.count:,} {cluster.accelerator.name}", asked
 
 
-def find(asked: Asked, tokens: int | None = None, written: Written | None = None) -> dict[str, Any]:
+def find(
+    asked: Asked,
+    tokens: int | None = None,
+    written: Written | None = None,
+    order: Callable[[list[Choice]], list[Choice]] = list,
+) -> dict[str, Any]:
     """The answer as JSON-ready values.
 
     Args:
         tokens: of the whole run, where its cost is asked for.
         written: a plan to compare with what is found.
+        order: puts the best plans into another order, as measuring them does; the first is the answer.
     """
     found = search(asked)
+    found = replace(found, best=order(found.best))
     best = found.best[0]
-    recipe, recompute = (written.recipe, written.recompute) if written else ("RECIPE", "none")
+    typed = command(asked, best, *((written.recipe, written.recompute, written.resting.words) if written else ()))
     answer = {
         "plan": asdict(best), "tokens_per_second": asked.rows * asked.length / best.seconds,
-        "limit": limit(best, asked.cluster.accelerator), "tried": found.tried, "fitting": found.fitting,
+        "limit": limit(best, asked.cluster.share), "tried": found.tried, "fitting": found.fitting,
+        "room": room(asked),
         "runners_up": [asdict(each) for each in found.best[1:]], "pareto": [asdict(each) for each in found.pareto],
         "changes": [asdict(each) for each in changes(asked, found)],
-        "command": f"danlu train {recipe} {asked.cluster.launch} --plan {best.plan}"
-        + (f" --set recompute={best.recompute}" if best.recompute != recompute else ""),
+        "command": typed.line, "no_command": typed.why_not,
     }  # fmt: skip
     if tokens is not None:
         answer["run"] = asdict(whole_run(asked, best.seconds, tokens))
@@ -111,7 +139,7 @@ def _written(asked: Asked, written: Written) -> dict[str, Any]:
         check(written.plan, written.work, asked.cluster.count)
     except DanluError as problem:
         return {"plan": written.plan.short(), "problem": problem.what}
-    choice = given(asked, written.plan, written.recompute)
+    choice = given(asked, written.plan, written.recompute, resting=written.resting)
     return asdict(choice) | {"fits": choice.gib <= room(asked)}
 
 
@@ -123,16 +151,21 @@ def print_found(answer: dict[str, Any]) -> None:
         f"a step takes {best['seconds']:.3g} s (90 % between {best['low']:.3g} and {best['high']:.3g}), "
         f"{answer['tokens_per_second']:,.0f} token/s; the fullest process holds {best['gib']:.1f} GiB"
     )
+    if best["offload"]:
+        where = {"host": "in its host's memory", "disks": "on its disks"}
+        told = " and ".join(f"{gib:,.1f} GiB {where[place]}" for place, gib in best["away"].items())
+        words = ", ".join(f"{name}={value}" for name, value in best["offload"].items())
+        result(f"put away with {words}: each process has {told}")
     result(f"limit: {answer['limit']}")
     for title, parts, unit in (("time", best["times"], "s"), ("memory", best["memory"], "GiB")):
         whole = parts["total"]
         rows = [(name, f"{part:.4g}", "#" * round(40 * part / whole)) for name, part in parts.items() if part > 0]
         table(title, ("part", unit, ""), rows)
-    ups = [(each["plan"], each["recompute"], f"{each['seconds']:.3g}", f"{each['gib']:.1f}")
+    ups = [(each["plan"], _besides(each), f"{each['seconds']:.3g}", f"{each['gib']:.1f}")
            for each in answer["runners_up"]]  # fmt: skip
     table("runners-up", ("plan", "recompute", "s", "GiB"), ups)
     for change in answer["changes"]:
-        how = f"{change['plan']}, recompute {change['recompute']}, {change['micro_rows']} rows a micro-batch"
+        how = f"{change['plan']}, recompute {_besides(change)}, {change['micro_rows']} rows a micro-batch"
         result(
             f"or {change['what']}: {change['seconds']:+.3g} s a step ({change['time']:+.0%}), {change['gib']:+.1f} GiB "
             f"({change['memory']:+.0%}), {change['price']:+.0%} accelerator-hours; {how}"
@@ -141,14 +174,22 @@ def print_found(answer: dict[str, Any]) -> None:
         _print_run(answer["run"])
     if "written" in answer:
         _print_written(answer["written"], best)
-    result(answer["command"])
+    result(answer["command"] or f"no command of Danlu's carries that out: {answer['no_command']}")
+
+
+def _besides(choice: dict[str, Any]) -> str:
+    """What is computed again, and what is put away."""
+    return ", ".join([choice["recompute"], *(f"{name}={value}" for name, value in choice["offload"].items())])
 
 
 def _print_run(run: dict[str, Any]) -> None:
+    energy = "what they draw is not known"
+    if run["watts"] is not None:
+        drawn = f"(at {run['drawn']:.0%} of {run['watts']:g} W, which is assumed)"
+        energy = f"{_amount(run['kilowatt_hours'])} kWh of the accelerators alone {drawn}"
     result(
         f"{run['tokens']:,} tokens are {run['steps']:,} steps: {_amount(run['hours'])} hours, "
-        f"{_amount(run['accelerator_hours'])} accelerator-hours, {_amount(run['kilowatt_hours'])} kWh of the "
-        f"accelerators alone (at {run['drawn']:.0%} of {run['watts']:g} W, which is assumed)"
+        f"{_amount(run['accelerator_hours'])} accelerator-hours, {energy}"
     )
 
 

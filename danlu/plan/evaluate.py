@@ -5,16 +5,17 @@ from __future__ import annotations
 import csv
 import io
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from danlu.artifact import write_aside
 from danlu.console import table as print_table
 from danlu.errors import DanluError
-from danlu.plan.calibrate import folds
-from danlu.plan.jobs import Column
+from danlu.plan.calibrate import folds, keys
+from danlu.plan.jobs import Column, Jobs
 from danlu.plan.learned import (
     MEMORY_BELIEF,
     TIME_BELIEF,
@@ -38,6 +39,8 @@ class Score:
         inside: share of rows inside the 90 % interval.
         regret, regret3: how much slower the plan predicted to be the fastest (the best measured of the three fastest)
             is than the best measured, on average over groups of two or more plans; nan for memory.
+        noise: the source's own: how much more the largest of what one configuration's repeats measured is than the
+            smallest, on average over those; where nothing is repeated, what its publisher tells, or nan.
     """
 
     what: str
@@ -50,14 +53,38 @@ class Score:
     inside: float
     regret: float = math.nan
     regret3: float = math.nan
+    noise: float = math.nan
 
     def plain(self) -> dict[str, float | str | None]:
         """As JSON-ready values."""
         return {name: None if value != value else value for name, value in asdict(self).items()}
 
 
+# Of repeats, in percent, where a source tells it beside its table: pages of one NeMo configuration revised twice, and
+# BigScience's repeats on V100s.
+TOLD_NOISE = {"nemo": 2.6, "megatron-classic": 4.8}
+
+
+def repeats(jobs: Jobs, measured: Column) -> list[float]:
+    """For each configuration that was measured more than once: by how many percent the most exceeds the least.
+
+    Runs of one configuration differ in nothing that predictions are made from, but may be of different releases.
+    """
+    columns = tuple(each.name for each in fields(Jobs) if each.name != "release")
+    found: dict[tuple[float, ...], list[float]] = {}
+    for key, value in zip(keys(jobs, columns), measured.tolist(), strict=True):
+        found.setdefault(key, []).append(value)
+    return [(max(some) / min(some) - 1) * 100 for some in found.values() if len(some) > 1]
+
+
 def score(
-    what: str, told: Column, measured: Column, spread: Column, groups: list[tuple[str, ...]], choose: bool
+    what: str,
+    told: Column,
+    measured: Column,
+    spread: Column,
+    groups: list[tuple[str, ...]],
+    choose: bool,
+    noise: float = math.nan,
 ) -> Score:
     """Errors of rows that were measured. `choose`: also what choosing by the prediction would have cost."""
     error = np.abs(told / measured - 1) * 100
@@ -66,7 +93,7 @@ def score(
     first, third = (np.array(some).mean(axis=0) * 100).tolist() if some else (math.nan, math.nan)
     return Score(
         what, len(error), len(set(groups)), float(error.mean()), float(np.median(error)),
-        float(np.quantile(error, 0.9)), float(error.max()), inside, first, third,
+        float(np.quantile(error, 0.9)), float(error.max()), inside, first, third, noise,
     )  # fmt: skip
 
 
@@ -140,6 +167,16 @@ def evaluate_file(path: Path, calibrated: list[Path] | None = None) -> list[Scor
     return found
 
 
+def score_rows(
+    what: str, table: Table, at: NDArray[np.intp], guess: Column, truth: Column, spread: Column, choose: bool
+) -> Score:
+    """Errors of some rows of a table, beside its own noise."""
+    groups, name = [table.groups[row] for row in at], table.stacks[int(at[0])][0]
+    apart = repeats(table.jobs.take(at), truth[at])
+    noise = float(np.mean(apart)) if apart else TOLD_NOISE.get(name, math.nan)
+    return score(what, guess[at], truth[at], spread[at], groups, choose, noise)
+
+
 def scores(table: Table, told: Predicted) -> list[Score]:
     """Of time and memory, for each software of a table."""
     found = []
@@ -151,18 +188,17 @@ def scores(table: Table, told: Predicted) -> list[Score]:
         ):
             at = np.flatnonzero((names == name) & (truth > 0) & (guess > 0))
             if len(at):
-                groups = [table.groups[row] for row in at]
-                made = score(f"{name}: {what}", guess[at], truth[at], spread[at], groups, choose=what == "time")
-                found.append(made)
+                found.append(score_rows(f"{name}: {what}", table, at, guess, truth, spread, choose=what == "time"))
     return found
 
 
 def print_scores(found: list[Score]) -> None:
     """Errors as a table, in percent."""
-    columns = ("what", "rows", "groups", "mean", "median", "p90", "worst", "in 90 % interval", "regret", "of top 3")
+    columns = ("what", "rows", "groups", "mean", "median", "p90", "worst", "in 90 % interval", "regret", "of top 3",
+               "own noise")  # fmt: skip
     shown = [
         (each.what, each.rows, each.groups, *(f"{value:.2f}" if value == value else "" for value in (
-            each.mean, each.median, each.p90, each.worst, each.inside, each.regret, each.regret3)))
+            each.mean, each.median, each.p90, each.worst, each.inside, each.regret, each.regret3, each.noise)))
         for each in found
     ]  # fmt: skip
     print_table("error, %", columns, shown)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from danlu.plan.calibrate import Calibration
 from danlu.plan.cluster import Accelerator, Cluster
-from danlu.plan.learned import MEMORY_BELIEF, TIME_BELIEF
 from danlu.plan.memory import GIB
 from danlu.plan.search import USABLE, Asked, Choice, Found, NoPlan, search
 
@@ -25,7 +24,7 @@ class Change:
 
     Attributes:
         what: in words.
-        plan, recompute, micro_rows: what would then be run.
+        plan, recompute, micro_rows, offload: what would then be run.
         seconds: of a step, more (or less) than the chosen plan's.
         gib: of the fullest process, more (or less).
         time, memory, price: the same two, and accelerator-hours for the same tokens, as shares of the chosen plan's.
@@ -40,6 +39,7 @@ class Change:
     time: float
     memory: float
     price: float
+    offload: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class WholeRun:
         steps: of the optimizer.
         hours: of wall clock.
         accelerator_hours: the same, times the accelerators.
-        kilowatt_hours: of the accelerators alone, at `drawn` of their boards' limit of `watts`.
+        kilowatt_hours: of the accelerators alone, at `drawn` of their boards' limit of `watts`; None where what they
+            draw is not known.
         drawn, watts: see there.
     """
 
@@ -59,9 +60,9 @@ class WholeRun:
     steps: int
     hours: float
     accelerator_hours: float
-    kilowatt_hours: float
+    kilowatt_hours: float | None
     drawn: float
-    watts: float
+    watts: float | None
 
 
 def whole_run(asked: Asked, seconds: float, tokens: int) -> WholeRun:
@@ -69,8 +70,9 @@ def whole_run(asked: Asked, seconds: float, tokens: int) -> WholeRun:
     each = asked.rows * asked.length
     steps = math.ceil(tokens / each)
     hours = steps * seconds / 3600
-    all_hours, device = hours * asked.cluster.count, asked.cluster.accelerator
-    return WholeRun(steps * each, steps, hours, all_hours, all_hours * device.watts / 1000 * DRAWN, DRAWN, device.watts)
+    all_hours, watts = hours * asked.cluster.count, asked.cluster.share.watts or None
+    energy = None if watts is None else all_hours * watts / 1000 * DRAWN
+    return WholeRun(steps * each, steps, hours, all_hours, energy, DRAWN, watts)
 
 
 def limit(choice: Choice, device: Accelerator) -> str:
@@ -81,7 +83,7 @@ def limit(choice: Choice, device: Accelerator) -> str:
 
 
 def changes(
-    asked: Asked, found: Found, clock: Calibration = TIME_BELIEF, scale: Calibration = MEMORY_BELIEF
+    asked: Asked, found: Found, clock: Calibration | None = None, scale: Calibration | None = None
 ) -> list[Change]:
     """The cheapest improvements, one of a kind: those that add the fewest accelerator-hours to the same work.
 
@@ -102,7 +104,7 @@ def _change(what: str, best: Choice, other: Choice, accelerators: float) -> Chan
     time = other.seconds / best.seconds
     return Change(
         what, other.plan, other.recompute, other.micro_rows, other.seconds - best.seconds, other.gib - best.gib,
-        time - 1, other.gib / best.gib - 1, time * accelerators - 1,
+        time - 1, other.gib / best.gib - 1, time * accelerators - 1, other.offload,
     )  # fmt: skip
 
 
@@ -117,20 +119,21 @@ def _smaller(found: Found) -> Other | None:
     return (f"{bought.recompute} recompute" if same else "another plan"), bought, 1.0
 
 
-def _narrower(asked: Asked, clock: Calibration, scale: Calibration) -> Other | None:
+def _narrower(asked: Asked, clock: Calibration | None, scale: Calibration | None) -> Other | None:
     """8-bit products, where the accelerator has them."""
     if asked.precision != "bf16" or "fp8" not in asked.cluster.accelerator.peak:
         return None
     return "fp8 products", search(replace(asked, precision="fp8"), clock, scale, count=1).best[0], 1.0
 
 
-def _wider(asked: Asked, best: Choice, clock: Calibration, scale: Calibration) -> Other | None:
+def _wider(asked: Asked, best: Choice, clock: Calibration | None, scale: Calibration | None) -> Other | None:
     """The accelerators more that save time at the lowest price."""
     device, count = asked.cluster.accelerator, asked.cluster.count
     tried: list[Other] = []
     for more in _additions(asked.cluster):
         try:
-            other = search(replace(asked, cluster=Cluster(device, count + more)), clock, scale, count=1).best[0]
+            wider = replace(asked, cluster=replace(asked.cluster, count=count + more))
+            other = search(wider, clock, scale, count=1).best[0]
         except NoPlan:
             continue
         if other.seconds < best.seconds * (1 - WORTH):
@@ -139,9 +142,13 @@ def _wider(asked: Asked, best: Choice, clock: Calibration, scale: Calibration) -
 
 
 def _additions(cluster: Cluster) -> Iterator[int]:
-    """Nodes where there are whole nodes, else single ones; twice as many each time, up to as many again."""
-    node = cluster.accelerator.node
-    more = node if cluster.count % node == 0 else 1
-    while more <= cluster.count:
+    """Nodes where there are whole nodes, else single ones; twice as many each time, up to as many again.
+
+    A processor has the cores it has, and nothing was measured beyond a measured machine.
+    """
+    node, one_machine = cluster.accelerator.node, cluster.accelerator.processor or cluster.taught is not None
+    more = node if cluster.count % node == 0 and not one_machine else 1
+    most = 0 if cluster.accelerator.processor else node - cluster.count if one_machine else cluster.count
+    while more <= min(most, cluster.count):
         yield more
         more *= 2

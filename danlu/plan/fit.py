@@ -1,4 +1,4 @@
-"""What is possible at all: the largest known model, the longest rows, or the smallest cluster."""
+"""What is possible at all: the largest known model, the longest rows, the largest batch, or the smallest cluster."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from dataclasses import replace
 from typing import Literal, get_args
 
 from danlu.errors import DanluError
+from danlu.plan.adapters import Lora, can_adapt
 from danlu.plan.cluster import Cluster
 from danlu.plan.counts import total_weights
+from danlu.plan.offload import Offload
 from danlu.plan.search import Asked, NoPlan, search
-from danlu.plan.shapes import Shape, shapes
+from danlu.plan.shapes import reaches, shapes
 
-Fit = Literal["model", "context", "cluster"]
+Fit = Literal["model", "context", "batch", "cluster"]
 FITS: tuple[Fit, ...] = get_args(Fit)
 SHORTEST = 256  # tokens of a row that are still tried
-MOST = 16_384  # accelerators
+MOST = 16_384  # accelerators, or rows at once
 
 
 def works(asked: Asked) -> bool:
@@ -27,12 +29,16 @@ def works(asked: Asked) -> bool:
     return True
 
 
-def largest_model(cluster: Cluster, length: int, rows: int, precision: str) -> tuple[str, Asked]:
+def largest_model(
+    cluster: Cluster, length: int, rows: int, precision: str, lora: Lora | None = None, offload: Offload = "none"
+) -> tuple[str, Asked]:
     """Of the shapes in the data file, the one with the most weights that can be trained. Raises DanluError."""
     names = {id(columns): name for name, columns in reversed(shapes().items())}  # the first spelling of each
     known = sorted(names.values(), key=lambda name: -total_weights(shapes()[name]))
     tried = (
-        Asked(shapes()[name], cluster, length, rows, precision) for name in known if _reaches(shapes()[name], length)
+        Asked(shapes()[name], cluster, length, rows, precision, lora=lora, offload=offload)
+        for name in known
+        if reaches(shapes()[name], length) and (lora is None or can_adapt(shapes()[name]))
     )
     asked = _first(tried, f"no known model can be trained on {cluster.count} {cluster.accelerator.name} like that")
     return names[id(asked.model)], asked
@@ -45,9 +51,26 @@ def longest_context(asked: Asked) -> Asked:
     tried = (
         replace(asked, length=length, rows=tokens // length)
         for length in reversed(lengths)
-        if _reaches(asked.model, length)
+        if reaches(asked.model, length)
     )
     return _first(tried, f"rows of no length from {SHORTEST} tokens on can be trained on that cluster")
+
+
+def largest_batch(asked: Asked) -> Asked:
+    """The most rows that each process can compute at once, and as many a step. Raises NoPlan where one is too many."""
+
+    def of(rows: int) -> Asked:
+        return replace(asked, rows=rows * asked.cluster.count, micro_rows=rows)
+
+    search(of(1), count=1)
+    most = 1
+    while most < MOST and works(of(2 * most)):
+        most *= 2
+    step = most // 2
+    while step:
+        most += step if works(of(most + step)) else 0
+        step //= 2
+    return of(most)
 
 
 def smallest_cluster(asked: Asked) -> Asked:
@@ -56,22 +79,18 @@ def smallest_cluster(asked: Asked) -> Asked:
     Only numbers that share the rows out can, so that one may do where a larger one does not.
     """
     device = asked.cluster.accelerator
-    tried = (replace(asked, cluster=Cluster(device, size)) for size in _sizes(device.node))
-    return _first(tried, f"{MOST:,} {device.name} are too few, or the rows of a step cannot be shared")
+    most = device.node if device.processor or asked.cluster.taught else MOST
+    tried = (replace(asked, cluster=replace(asked.cluster, count=size)) for size in _sizes(device.node, most))
+    return _first(tried, f"{most:,} {device.name} are too few, or the rows of a step cannot be shared")
 
 
-def _sizes(node: int) -> Iterator[int]:
+def _sizes(node: int, most: int) -> Iterator[int]:
     """Parts of a node, then whole nodes: all numbers up to 16, and of more ever coarser ones, some 6 % apart."""
     size = 1
-    while size <= MOST:
+    while size <= most:
         yield size
         step = 1 if size < node else node
         size += step * max(size // step // 16, 1)
-
-
-def _reaches(model: Shape, length: int) -> bool:
-    """Whether a model that learns its positions has that many."""
-    return not model["positions"] or length <= model["positions"]
 
 
 def _first(tried: Iterable[Asked], otherwise: str) -> Asked:

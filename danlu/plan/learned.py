@@ -10,20 +10,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 from danlu.plan.calibrate import Calibration, believed, calibrate, keys
+from danlu.plan.cluster import Cluster
+from danlu.plan.formulas import device_memory, step_time
 from danlu.plan.jobs import Column, Jobs
-from danlu.plan.memory import GIB, MEMORY, device_memory, stage_memory
+from danlu.plan.memory import GIB, MEMORY, stage_memory
+from danlu.plan.processor import PROCESSOR_TIME
+from danlu.plan.processor_memory import PROCESSOR_MEMORY
 from danlu.plan.tables import Table
-from danlu.plan.time import TIME, step_time
+from danlu.plan.time import TIME
 
 FEWEST = 5  # measured runs of a software that its own coefficients are fitted to
-NARROW = 10  # different jobs of a software on one accelerator, or on one node of it, for coefficients of their own
-LAYER = ("width", "feedforward", "length", "recompute", "gemm_bytes", "tensor", "peak")
-SAME_TIME = (("release", "experts"), LAYER, (*LAYER, "micro_rows"))
+NARROW = 3  # different jobs of a software on one accelerator, or on one node of it, for coefficients of their own
+LAYER = ("width", "feedforward", "length", "recompute", "gemm_bytes", "tensor", "peak", "rank")
+SAME_RELEASE = (("release", "experts", "state_layers"),)
+SAME_TIME = (LAYER, (*LAYER, "micro_rows"))
 SAME_MEMORY = (("width", "tensor", "pipeline"), ("width", "tensor", "pipeline", "micro_rows"))
 # Without a measurement, 9 of 10 runs of the public tables are predicted within these factors, as logarithms.
 TIME_BELIEF, MEMORY_BELIEF = believed(TIME, 0.5), believed(MEMORY, 0.5)
+PROCESSOR_BELIEF = believed(PROCESSOR_TIME, 0.5), believed(PROCESSOR_MEMORY, 0.3)
 WIDER_SPREAD = 0.3  # the same, at the least, of what runs of another accelerator, size or kin taught
 Key = tuple[str, ...]
+
+
+def calibrations(cluster: Cluster) -> tuple[Calibration, Calibration]:
+    """What is known of time and of memory: what runs on the cluster taught, or what is believed of its kind."""
+    return cluster.taught or (PROCESSOR_BELIEF if cluster.accelerator.processor else (TIME_BELIEF, MEMORY_BELIEF))
 
 
 def seconds(jobs: Jobs, coefficients: dict[str, float]) -> Column:
@@ -49,11 +60,13 @@ class Learned:
     belief: Calibration
 
     def nearest(self, key: Key) -> Calibration:
-        """Of the same software and hardware, of ever wider circles about them, of kin; or what is believed."""
+        """Of the same software and hardware, of ever wider circles about them, of the nearest kin; or the belief."""
         if key in self.of:
             return self.of[key]
         circles = [key[:wide] for wide in range(len(key) - 1, 0, -1)]
-        for other in (*circles, *(kin for kin in self.of if _kin(kin, key))):
+        kin = [other for other in self.of if _kin(other, key)]
+        kin.sort(key=lambda other: -sum(one == same for one, same in zip(other, key, strict=False)))
+        for other in (*circles, *kin):
             if other in self.of:
                 taught = self.of[other]
                 return replace(taught, spread=max(taught.spread, WIDER_SPREAD))
@@ -79,8 +92,9 @@ def memory_keys(table: Table) -> list[Key]:
 def learn_time(table: Table, rows: NDArray[np.intp]) -> Learned:
     """Coefficients of time from some rows of a table."""
 
-    def teach(some: list[int]) -> Calibration:
-        return calibrate(seconds, TIME, table.jobs.take(np.array(some)), table.seconds[some], SAME_TIME)
+    def teach(some: list[int], wider: Calibration | None) -> Calibration:
+        jobs = table.jobs.take(np.array(some))
+        return calibrate(seconds, TIME, jobs, table.seconds[some], SAME_TIME, SAME_RELEASE, wider)
 
     return Learned(_learn(table, rows, time_keys(table), table.seconds, teach), TIME_BELIEF)
 
@@ -88,15 +102,19 @@ def learn_time(table: Table, rows: NDArray[np.intp]) -> Learned:
 def learn_memory(table: Table, rows: NDArray[np.intp]) -> Learned:
     """Coefficients of memory from some rows of a table."""
 
-    def teach(some: list[int]) -> Calibration:
+    def teach(some: list[int], wider: Calibration | None) -> Calibration:
         formula = first_stage if table.first_stage[some[0]] else fullest
-        return calibrate(formula, MEMORY, table.jobs.take(np.array(some)), table.gib[some], SAME_MEMORY)
+        return calibrate(formula, MEMORY, table.jobs.take(np.array(some)), table.gib[some], SAME_MEMORY, wider=wider)
 
     return Learned(_learn(table, rows, memory_keys(table), table.gib, teach), MEMORY_BELIEF)
 
 
 def _learn(
-    table: Table, rows: NDArray[np.intp], keys: list[Key], measured: Column, teach: Callable[[list[int]], Calibration]
+    table: Table,
+    rows: NDArray[np.intp],
+    keys: list[Key],
+    measured: Column,
+    teach: Callable[[list[int], Calibration | None], Calibration],
 ) -> dict[Key, Calibration]:
     by_key: dict[Key, list[int]] = {}
     for row in rows[measured[rows] > 0].tolist():
@@ -107,9 +125,14 @@ def _learn(
         for key, some in by_key.items()
         if (len(some) >= FEWEST if len(key) == 1 else different(table.jobs, some) >= NARROW)
     }
-    # A circle that holds no more runs than the one inside it teaches the same.
-    made = {some: teach(list(some)) for some in set(enough.values())}
-    return {key: made[some] for key, some in enough.items()}
+    made: dict[Key, Calibration] = {}
+    for key in sorted(enough, key=len):
+        wider = key[:-1]
+        if enough.get(wider) == enough[key]:  # a circle that holds no more runs than the one inside it teaches the same
+            made[key] = made[wider]
+        else:
+            made[key] = teach(list(enough[key]), made.get(wider))
+    return made
 
 
 def different(jobs: Jobs, rows: list[int]) -> int:

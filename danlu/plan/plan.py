@@ -179,6 +179,8 @@ def _stack(plan: Plan, config: ModelConfig, length: int) -> Iterator[str]:
     if plan.pipeline > 1:
         if plan.all_stages > config.layers:
             yield f"{config.layers} layers cannot fill {plan.all_stages} stages"
+        if plan.schedule == "1f1b" and plan.micro_batches < plan.pipeline:
+            yield f"a pipeline of {plan.pipeline} stages needs micro_batches={plan.pipeline} or more"
         if plan.micro_batches < plan.all_stages and plan.schedule == "zero-bubble" and plan.stages == 2:
             yield f"a zero-bubble pipeline of {plan.all_stages} stages needs micro_batches={plan.all_stages} or more"
         if plan.schedule == "interleaved" and plan.micro_batches % plan.pipeline:

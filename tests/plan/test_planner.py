@@ -235,9 +235,9 @@ def test_tokens_are_read_as_written() -> None:
 
 def test_the_data_files_are_whole() -> None:
     for name, each in accelerators().items():
-        assert each.peak["bf16"] > 1e13, name
+        assert each.peak["bf16"] > (1e11 if each.processor else 1e13), name
         assert 1e9 < each.far <= each.near < each.memory_rate < 1e13
-        assert each.memory > 1e10 and each.source
+        assert each.memory > (1e9 if each.processor else 1e10) and each.source
     for values in shapes().values():
         assert of_config(ModelConfig(8, 8, 1, 1, 1, 8, 8, 8)).keys() == values.keys()
 
