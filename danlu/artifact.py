@@ -259,27 +259,45 @@ def build(
         raise
     seconds = time.monotonic() - started
     shutil.rmtree(draft / WORK, ignore_errors=True)
-    card = {
+    card = make_card(
+        kind, settings, inputs, code, figures, inventory(draft), seconds=seconds, memory=peak_memory(), resumed=resumed
+    )
+    write_json(draft / CARD, card)
+    sync(draft)
+    draft.rename(place)
+    sync(root)
+    return Artifact(place, card), False
+
+
+def make_card(
+    kind: str,
+    settings: object,
+    inputs: Mapping[str, str],
+    code: str,
+    figures: Figures,
+    files: dict[str, dict[str, Any]],
+    *,
+    seconds: float,
+    memory: int,
+    resumed: bool,
+) -> dict[str, Any]:
+    """What card.json says; see `Artifact.card`. Ingredients are as of `build`, files as of `inventory`."""
+    return {
         "kind": kind,
-        "id": name,
+        "id": content_id(kind, settings, inputs, code),
         "inputs": dict(inputs),
         "settings": settings,
         "figures": figures,
-        "files": _inventory(draft),
+        "files": files,
         "code": code,
         "danlu": __version__,
         "libraries": {library: found for library in LIBRARIES if (found := library_version(library))},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(seconds, 3),
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": memory,
         "resumed": resumed,
     }
-    write_json(draft / CARD, card)
-    sync(draft)
-    draft.rename(place)
-    sync(root)
-    return Artifact(place, card), False
 
 
 def _clear(draft: Path) -> None:
@@ -292,7 +310,7 @@ def _clear(draft: Path) -> None:
             left.unlink(missing_ok=True)
 
 
-def _inventory(draft: Path) -> dict[str, dict[str, Any]]:
+def inventory(draft: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file, each made durable before it is vouched for."""
     files = {}
     for file in sorted(draft.rglob("*")):

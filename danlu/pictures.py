@@ -188,6 +188,25 @@ def candidates_scatter(
     return draw(name, f"Change of loss by {axis} for {len(labels)} compressed forms", paint, height=3.4)
 
 
+def plans_scatter(seconds: Sequence[float], gib: Sequence[float], names: Sequence[str], most: float) -> Markup:
+    """Time of a step against memory of a process for plans of which none is both faster and smaller.
+
+    Args:
+        names: of the points; the first is the chosen one.
+        most: GiB that there are; a dashed line.
+    """
+
+    def paint(axes: Axes) -> None:
+        colours = [ACCENT, *[COOL] * (len(names) - 1)]
+        axes.scatter(gib, seconds, [110.0, *[42.0] * (len(names) - 1)], color=colours, edgecolors=PAPER, zorder=3)
+        axes.axvline(most, color=MUTED, linewidth=0.9, dashes=(4, 3))
+        axes.margins(x=0.16, y=0.18)
+        _label(axes, "memory of the fullest process, GiB", "time of a step, s")
+        _name_points(axes, gib, seconds, names, 0)
+
+    return draw("plans", f"Time against memory of {len(names)} plans", paint, height=3.6)
+
+
 def _name_points(axes: Axes, xs: Sequence[float], ys: Sequence[float], names: Sequence[str], chosen: int) -> None:
     """Write each point's name where it covers least: the chosen first, then whichever side is still free."""
     sides = [

@@ -13,12 +13,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import chain, combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from danlu import __version__
 from danlu.artifact import Artifact, Figures, figure, write_aside
 from danlu.errors import DanluError
 from danlu.figures import parts_of, show_amount, show_change, show_range, show_seconds, show_value
+
+if TYPE_CHECKING:
+    import jinja2
 
 PAGE = "report.html"
 ANSWERS_OPEN = 4  # answers shown at once; the others are a click away
@@ -70,11 +73,11 @@ def write_report(out: Path, artifacts: Mapping[str, Artifact], name: str) -> Fig
     return {"page": figure(len(page.encode()), "byte")}
 
 
-def render(artifacts: Mapping[str, Artifact], name: str) -> str:
-    """The page as text."""
+def environment() -> jinja2.Environment:
+    """Where pages are made: every value is escaped, none may be missing, and numbers are shown as people write them."""
     import jinja2
 
-    template = jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -82,7 +85,7 @@ def render(artifacts: Mapping[str, Artifact], name: str) -> str:
         lstrip_blocks=True,
         finalize=showable,
     )
-    template.filters |= {
+    made.filters |= {
         "value": show_value,
         "parts": parts_of,
         "range": show_range,
@@ -90,8 +93,14 @@ def render(artifacts: Mapping[str, Artifact], name: str) -> str:
         "seconds": show_seconds,
         "pretty": pretty,
     }
+    return made
+
+
+def render(artifacts: Mapping[str, Artifact], name: str) -> str:
+    """The page as text."""
     sections = {kind: SECTIONS[kind](artifact) for kind, artifact in artifacts.items() if kind in SECTIONS}
-    return template.get_template("report.html.j2").render(
+    template = environment().get_template("report.html.j2")
+    return template.render(
         name=name,
         version=__version__,
         made=max((str(artifact.card["made"]) for artifact in artifacts.values()), default=""),

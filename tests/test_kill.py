@@ -102,7 +102,7 @@ def assert_same(home: Path) -> None:
     assert not list(broken.glob(".*.building")) and not list(broken.rglob("*.aside"))
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.soak)])
 def test_a_killed_run_ends_with_the_same_bits(project: Project, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     FORKED.set_forkserver_preload(LOADED)

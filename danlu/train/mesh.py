@@ -125,6 +125,12 @@ class Mesh:
                 raise DanluError(one[0], where=one[1] or None, fix=one[2])
 
 
+def everyone(world: int, device: torch.device) -> Mesh:
+    """The processes before they have a plan, which can only agree."""
+    fine = init_device_mesh(device.type, (world,), mesh_dim_names=("data",)) if world > 1 else None
+    return Mesh(Plan(data=world), device, fine)
+
+
 def make_mesh(plan: Plan, device: torch.device | None = None) -> Mesh:
     """Arrange the processes of the default group as a plan asks.
 

@@ -218,7 +218,7 @@ class TrainRecipe(Settings):
     )
     offload: OffloadSettings = Field(OffloadSettings(), description="what lies outside of memory")
     plan: Plan | None = Field(
-        None, description="how the work is split; by default every process has a copy and its own rows (data)"
+        None, description="how the work is split; by default the planner chooses, and a resumed run keeps what it had"
     )
     checkpoints: CheckpointSettings = Field(CheckpointSettings(), description="what is kept to resume from")
     validation: ValidationSettings = Field(ValidationSettings(), description="measuring on what is held out")

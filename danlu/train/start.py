@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from danlu.plan.plan import Plan
+from danlu.train.card import write_card
 from danlu.train.launch import launch
 from danlu.train.recipe import TrainRecipe
 from danlu.train.state import CHECKPOINTS, list_checkpoints
@@ -23,7 +24,8 @@ def start(
     Args:
         settings: with whole paths.
         out: the run's directory; by default runs/NAME.
-        plan: as in tensor=2,shard=2, in place of the recipe's.
+        plan: as in tensor=2,shard=2, in place of the recipe's; where neither says one it is chosen, see
+            `danlu.train.choosing`.
         steps: to do in all, in place of the recipe's.
         on: who starts the processes.
 
@@ -35,6 +37,8 @@ def start(
         asked = settings.plan.model_dump(mode="json", exclude_unset=True)
     Plan.read(asked or {})
     arguments = {"recipe": settings.plain(), "out": str(home), "plan": asked, "steps": steps}
+    arguments["free"] = "recompute" not in settings.model_fields_set
+    begun = _newest(home)
     done: dict[str, Any] = _launcher(on)(
         "danlu.train.worker:work",
         arguments,
@@ -48,6 +52,7 @@ def start(
 
         done["model"] = str(export(home, home / "model").out)
         done |= measure_test(home)
+        done |= write_card(home, settings, begun)
     return done
 
 

@@ -382,6 +382,16 @@ def list_checkpoints(home: Path, *, contents: bool = False) -> list[Facts]:
     return [facts for facts in found if facts is not None]
 
 
+def newest_index(home: Path) -> Index | None:
+    """The index of the newest checkpoint whose files have their sizes; nothing else of it is read. None without one."""
+    for step in reversed(_steps(home)):
+        with suppress(ValueError, DanluError):
+            index = read_index(home / _folder(step))
+            check_files(home / _folder(step), index.files, contents=False)
+            return index
+    return None
+
+
 def verify(home: Path) -> list[tuple[int, str | None]]:
     """Each checkpoint's step and what is wrong with it, if anything; every byte is read."""
     return [(facts.step, facts.problem) for facts in list_checkpoints(home, contents=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -24,7 +25,8 @@ from danlu.model.initialize import mup_multipliers, starts
 from danlu.model.mixture import Mixture
 from danlu.model.stored import Make, without_memory
 from danlu.model.transformer import Decoder, Encoder, Model
-from danlu.plan.plan import Plan, Work, check
+from danlu.plan.plan import Plan, Work
+from danlu.train.choosing import Beginning, Chosen, choose
 from danlu.train.compiling import choose_compile
 from danlu.train.ema import Average
 from danlu.train.exchange.rows import share_rows
@@ -33,7 +35,7 @@ from danlu.train.guard import Guard
 from danlu.train.local_steps import LocalSteps
 from danlu.train.loop import Done, Run, Turn, Validation, train
 from danlu.train.memory import kept_memory
-from danlu.train.mesh import Mesh, make_mesh
+from danlu.train.mesh import Mesh, everyone, make_mesh
 from danlu.train.offloading.offload import Offload
 from danlu.train.precision import Precision, gemm_rate
 from danlu.train.rank import Rank
@@ -51,15 +53,23 @@ DECISIONS = "decisions.json"
 
 
 def work(
-    rank: Rank, *, recipe: dict[str, Any], out: str, plan: dict[str, Any] | None = None, steps: int | None = None
+    rank: Rank,
+    *,
+    recipe: dict[str, Any],
+    out: str,
+    plan: dict[str, Any] | None = None,
+    steps: int | None = None,
+    free: bool = False,
 ) -> dict[str, Any]:
     """Train what a recipe says, as one of `rank.world` processes, going on where the run's directory stands.
 
     Args:
         recipe: of `TrainRecipe`, JSON-able, its paths whole.
         out: the run's directory.
-        plan: what of a plan was asked for; the processes that it leaves over are copies (data).
+        plan: what of a plan was asked for; the processes that it leaves over are copies (data). None for the one of the
+            last checkpoint or, without, the best that the planner finds.
         steps: to do in all, in place of the recipe's. The schedule stays that of the recipe's steps.
+        free: recomputing may be chosen with the plan.
 
     Returns what there is to say of the run; the same on every process.
     """
@@ -73,7 +83,7 @@ def work(
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank.number, world_size=rank.world)
     try:
-        return _train(settings, home, rank, device, complete(plan or {}, rank.world), steps or settings.steps)
+        return _train(settings, home, rank, device, plan, steps or settings.steps, free)
     finally:
         if begun:
             dist.destroy_process_group()
@@ -86,30 +96,28 @@ def _device(rank: Rank) -> torch.device:
     return torch.device("cuda", rank.local)
 
 
-def complete(asked: dict[str, Any], world: int) -> Plan:
-    """The plan that was asked for, with as many copies as the processes allow if it does not say how many."""
-    plan = Plan.read(asked)
-    left, rest = divmod(world, plan.world)
-    return plan if "data" in asked or rest else Plan.read({**asked, "data": left})
-
-
 def _train(
-    settings: TrainRecipe, home: Path, rank: Rank, device: torch.device, plan: Plan, steps: int
+    settings: TrainRecipe,
+    home: Path,
+    rank: Rank,
+    device: torch.device,
+    asked: dict[str, Any] | None,
+    steps: int,
+    free: bool,
 ) -> dict[str, Any]:
     first = rank.number == 0
     if settings.precision == "float8":
         require_float8()
-    if plan.world != rank.world:
-        if not first:
-            dist.barrier()  # until the first process, which knows the model, has refused the plan for all
-        task = make_task(settings, home)
-        check(plan, Work(model_config(settings, task), settings.own_rows, task.length), rank.world)
-    mesh = make_mesh(plan, device)
-    task = _together(mesh, lambda: make_task(settings, home), first)
+    together = partial(_together, everyone(rank.world, device))
+    task = together(lambda: make_task(settings, home), first)
     config = model_config(settings, task)
-    check(mesh.plan, Work(config, settings.own_rows, task.length), rank.world)
-    task.check(mesh.plan)
-    precision = _together(mesh, lambda: _precision(settings, home, device), first)
+    decide = partial(_precision, settings, home, device)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", rank.world))
+    work = Work(config, settings.own_rows, task.length)
+    begun = Beginning(settings, home, work, task.check, decide, device, rank.world, here, free)
+    chosen = together(partial(choose, begun, asked) if first else partial(Chosen.read, home), first)
+    settings = settings.model_copy(update={"recompute": chosen.recompute})
+    mesh, precision = make_mesh(chosen.plan, device), together(decide, first)
     run = make_run(settings, home, mesh, task, config, precision, rank, steps)
     if first:
         _tell(run, config, precision.dtype)

@@ -256,7 +256,7 @@ def test_ranks_killed_at_random_lose_nothing(launcher: Launcher, tmp_path: Path,
     assert launcher.said().count("was killed by SIGKILL; going on from the newest checkpoint") == kills
 
 
-@pytest.mark.parametrize("seconds", [-86_400, 86_400])
+@pytest.mark.parametrize("seconds", [-86_400, pytest.param(86_400, marks=pytest.mark.soak)])
 def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, seconds: int) -> None:
     launcher = Launcher(tmp_path / "said", CLOCK_JUMPS=str(seconds))
     launcher.run(tmp_path, steps=80, pause=0.05).reach(3)

@@ -52,7 +52,7 @@ def curves(kinds: tuple[str, ...], plans: list[str]) -> dict[str, str]:
     return wrong
 
 
-@pytest.mark.parametrize(("world", "plans"), [(2, TWO), (4, FOUR)])
+@pytest.mark.parametrize(("world", "plans"), [(2, TWO), pytest.param(4, FOUR, marks=pytest.mark.soak)])
 def test_halves_follow_one_process(world: int, plans: tuple[str, ...]) -> None:
     runs = [plan for plan in plans if "zero-bubble" not in plan or can_zero_bubble()]
     assert run_ranks(world, curves, ("dense", "mixture"), runs) == [{}] * world

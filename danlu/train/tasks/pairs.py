@@ -144,10 +144,7 @@ class ContrastTask:
         return self.data.limit
 
     def check(self, plan: Plan) -> None:
-        check_rows_plan(plan, self.settings.objective.kind)
-        if plan.micro_batches > 1 or plan.tensor > 1:
-            what = "the rows of a batch are compared with one another, whole and on every process once"
-            raise DanluError(what, where="plan", fix="use data and shard, with micro_batches=1")
+        check_contrast_plan(plan)
 
     def objectives(self, mesh: Mesh) -> list[Any]:
         asked = self.settings.objective
@@ -186,6 +183,14 @@ def make_pair_task(settings: TrainRecipe, data: RowsSettings, home: Path) -> Pai
         config = StoredModel.open(settings.model.base).config
         start = config.start if isinstance(config, EncoderDecoderConfig) else start
     return PairTask(settings, data, tokenizer, start, learned)
+
+
+def check_contrast_plan(plan: Plan) -> None:
+    """Raise DanluError where a plan parts rows that are to be compared."""
+    check_rows_plan(plan, "contrastive")
+    if plan.micro_batches > 1 or plan.tensor > 1:
+        what = "the rows of a batch are compared with one another, whole and on every process once"
+        raise DanluError(what, where="plan", fix="use data and shard, with micro_batches=1")
 
 
 def make_contrast_task(settings: TrainRecipe, data: RowsSettings, home: Path) -> ContrastTask:

@@ -57,12 +57,12 @@ def model_config(settings: TrainRecipe, task: Shaping) -> AnyConfig:
         config = family_of(keys, Path("model.architecture")).config(keys, Path("model.shape"))
     _check(config, task, settings)
     if isinstance(config, ModelConfig):
-        config = _with_dropout(settings, config)
+        config = with_dropout(settings, config)
     elif isinstance(config, EncoderDecoderConfig):
         config = replace(
             config,
-            encoder=_with_dropout(settings, config.encoder),
-            decoder=_with_dropout(settings, config.decoder),
+            encoder=with_dropout(settings, config.encoder),
+            decoder=with_dropout(settings, config.decoder),
         )
     return mup_config(config) if chosen.start == "mup" and chosen.base is None else config
 
@@ -136,7 +136,8 @@ def _check(config: AnyConfig, task: Shaping, settings: TrainRecipe) -> None:
         raise DanluError(what, where="data.vocabulary", fix="use the base's own: {kind: from, base: THE BASE}")
 
 
-def _with_dropout(settings: TrainRecipe, config: ModelConfig) -> ModelConfig:
+def with_dropout(settings: TrainRecipe, config: ModelConfig) -> ModelConfig:
+    """The same shape with what a recipe hides while it learns."""
     labels = config.head is not None and config.head.task != "words"
     head = settings.dropout if labels else config.head_dropout
     return replace(
