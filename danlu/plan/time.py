@@ -29,6 +29,7 @@ TIME: dict[str, Coefficient] = {
     "near": Coefficient(0.7, 0.2, 1.2, 0.3, "of peak", "rate of collectives within a node"),
     "near_delay": Coefficient(1e-5, 1e-6, 2e-4, 1.0, "s", "delay of a collective within a node"),
     "far": Coefficient(0.7, 0.05, 1.2, 0.4, "of peak", "rate of collectives between nodes"),
+    "crowding": Coefficient(0.2, 0.005, 0.6, 1.0, "power", "of the nodes, by which their rate to each other falls"),
     "far_delay": Coefficient(3e-5, 1e-6, 2e-3, 1.0, "s", "delay of a collective between nodes"),
     "shown": Coefficient(0.9, 0.05, 1.0, 0.3, "share", "of the sum of gradients that computing does not hide"),
     "hop": Coefficient(5e-5, 1e-6, 5e-3, 1.0, "s", "delay of handing a micro-batch to the next stage"),
@@ -66,7 +67,7 @@ def all_reduce_time(size: Column, group: Column, span: Column, jobs: Jobs, c: di
     near_time = 2 * (group - 1) / group * size / (jobs.near_rate * c["near"]) + c["near_delay"] * np.log2(group)
     nodes = np.maximum(group / inside, 1)
     shared = np.minimum(span, jobs.node)
-    way_out = jobs.far_rate * c["far"] * jobs.node / shared
+    way_out = jobs.far_rate * c["far"] * jobs.node / shared / np.maximum(nodes / 2, 1) ** c["crowding"]
     far_time = 2 * (nodes - 1) / nodes * size / way_out + c["far_delay"] * np.log2(np.maximum(nodes, 1))
     far_time = far_time + 2 * (inside - 1) / inside * size / (jobs.near_rate * c["near"])
     return np.where(group > 1, np.where(far, far_time, near_time), 0.0)

@@ -26,7 +26,7 @@ from danlu.plan.mixing import attention_time
 from danlu.plan.search import Asked, search
 from danlu.plan.shapes import shape
 from danlu.plan.tables import Table, read_tables
-from danlu.plan.time import TIME, exchange_time, gradient_time, local_parts, local_weights, step_time
+from danlu.plan.time import TIME, all_reduce_time, exchange_time, gradient_time, local_parts, local_weights, step_time
 from tests.plan.test_planner import BELIEVED, HELD, RUN, gib, job, took, write
 
 TABLES = Path(os.environ.get("DANLU_PLANNER", "../shared/planner"))
@@ -235,6 +235,24 @@ def test_printed_shares_of_the_peak_follow_from_the_tables_own_times(name: str, 
     ratio = (made / printed)[printed > 0]
     assert len(ratio) >= least
     assert np.abs(ratio - 1).max() < 0.15
+
+
+@needs_tables
+def test_sums_over_more_nodes_go_as_much_slower_as_measured() -> None:
+    """Against NCCL's rates on H100s, means over message sizes that the table does not tell: within 2.5 times, as from 1
+    to 64 nodes they fall 13 times."""
+    with (TABLES / "nccl_bandwidth_h100.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["collective"] == "AllReduce"]
+    device, sizes = accelerator("h100"), 2.0 ** np.arange(20, 33)
+    jobs = job(node=device.node, near_rate=device.near, far_rate=device.far)
+    told = []
+    for row in rows:
+        group = np.full(1, device.node * float(row["nodes"]))
+        times = all_reduce_time(sizes, group, np.ones(1), jobs, {name: each.start for name, each in TIME.items()})
+        told.append(float((2 * (group - 1) / group * sizes / times).mean() / 1e9))
+    assert all(first > second for first, second in pairwise(told)), "the more nodes, the slower"
+    measured = [float(row["GB_s_mean"]) for row in rows]
+    assert all(1 / 2.5 < ours / theirs < 2.5 for ours, theirs in zip(told, measured, strict=True)), told
 
 
 @needs_tables
