@@ -68,6 +68,7 @@ def test_a_file_is_nearer_with_a_text_than_without_and_llama_cpp_runs_it(
         assert len(list(engine.generate([5, 6, 7], max_new_tokens=3))) == 3
 
 
+@pytest.mark.soak
 def test_rows_that_do_not_fill_blocks_take_what_stands_in(model: Path, tmp_path: Path) -> None:
     made = quantize_model(Checkpoint.open(model), "Q3_K", TEXT, tmp_path / "out.gguf", tokens=4096)
     assert made.forms == {"iq4_nl": 12, "q3_k": 2, "q8_0": 1}, "rows of 96 take 4 bits, the two of 256 three"

@@ -44,7 +44,8 @@ def test_the_readme_s_commands_exist(page: str) -> None:
     assert {name for name, _ in shown} == set(known)
     for name, rest in shown:
         command = known[name]
-        if hasattr(command, "unnamed") and rest.split()[0] not in command.commands:
-            command = command.commands[command.unnamed]  # the group's own, which need not be named
+        if hasattr(command, "commands"):
+            first = rest.split()[0]  # or the group's own, which need not be named
+            command = command.commands[first if first in command.commands else command.unnamed]
         options = {option for parameter in command.params for option in parameter.opts}
         assert set(re.findall(r"--[\w-]+", rest)) <= options

@@ -125,6 +125,7 @@ def test_a_killed_worker_goes_on_by_the_same_command_as_if_nothing_had_been(home
         assert all(torch.equal(weight, wanted[name]) for name, weight in ends(one.out).items())
 
 
+@pytest.mark.soak  # tests/train/test_local_steps_faults.py has the same without the command
 def test_nobody_is_held_up_by_who_is_slow_leaves_or_joins_late(home: Path) -> None:
     words = ("apart.local_steps=10", "apart.deadline=4", "checkpoints.every=100")
     first, second = (Worker(home, number, f"run-{number}", "steps=100000", *words) for number in range(2))

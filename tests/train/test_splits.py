@@ -120,6 +120,7 @@ def test_a_plan_follows_one_process(kind: str, plan: str) -> None:
     _follows_alone(kind, run_ranks(world, curve, kind, plan) if world > 1 else [curve(kind, plan)])
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(not can_compile(), reason="no C++ compiler with Python's headers")
 def test_compiled_blocks_follow_one_process() -> None:
     _follows_alone("dense", run_ranks(2, compiled_curve, timeout=240))
