@@ -128,8 +128,17 @@ def test_another_plan_takes_up_the_run(kind: str, before: str, after: str, tmp_p
         assert step == expected_step and abs(loss - expected_loss) < 1e-5
 
 
-@pytest.mark.parametrize("plan", ["data=1", "tensor=2,pipeline=2,micro_batches=2", "context=2,shard=2"])
-@pytest.mark.parametrize("kind", ["dense", "mixture"])
+@pytest.mark.parametrize(
+    ("kind", "plan"),
+    [
+        ("dense", "data=1"),
+        ("dense", "tensor=2,pipeline=2,micro_batches=2"),
+        ("dense", "context=2,shard=2"),
+        ("mixture", "data=1"),
+        pytest.param("mixture", "tensor=2,pipeline=2,micro_batches=2", marks=pytest.mark.soak),
+        pytest.param("mixture", "context=2,shard=2", marks=pytest.mark.soak),
+    ],
+)
 def test_the_same_plan_gives_the_same_bits(kind: str, plan: str, tmp_path: Path) -> None:
     whole = start(kind, plan, tmp_path / "whole", STEPS)
     start(kind, plan, tmp_path / "cut", BREAK)

@@ -112,7 +112,14 @@ def alone(kind: str) -> list[tuple[float, float]]:
     return curve(kind, "data=1")
 
 
-@pytest.mark.parametrize(("kind", "plan"), CASES, ids=[f"{kind}:{plan}" for kind, plan in CASES])
+LONG = [("dense", "tensor=2,context=2,data=2")]  # the mixture under it stays
+
+
+@pytest.mark.parametrize(
+    ("kind", "plan"),
+    [pytest.param(*case, marks=pytest.mark.soak) if case in LONG else case for case in CASES],
+    ids=[f"{kind}:{plan}" for kind, plan in CASES],
+)
 def test_a_plan_follows_one_process(kind: str, plan: str) -> None:
     if "zero-bubble" in plan and not can_zero_bubble():
         pytest.skip("this torch cannot run zero-bubble pipelines")
