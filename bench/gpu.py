@@ -18,13 +18,11 @@ from __future__ import annotations
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -40,6 +38,7 @@ from danlu.model.costs import TRAINING, costs
 from danlu.model.families.known import family_of
 from danlu.model.transformer import make_model
 from danlu.train.precision import gemm_rate
+from danlu.train.trial import end, whole_lines
 
 ARCHITECTURE = "LlamaForCausalLM"
 WARM = 5  # steps before the measured ones: they compile, and fill the allocator's pools
@@ -165,7 +164,7 @@ def train(told: dict[str, Any], plan: str, steps: int, home: Path) -> list[dict[
             lines: list[dict[str, Any]] = []
             while len(lines) < WARM + steps and process.poll() is None:
                 time.sleep(POLL)
-                lines = measured(out / "metrics.jsonl")
+                lines = whole_lines(out / "metrics.jsonl")
         finally:
             end(process)
         said.seek(0)
@@ -175,25 +174,6 @@ def train(told: dict[str, Any], plan: str, steps: int, home: Path) -> list[dict[
     if "out of memory" in text.lower():
         return None
     raise DanluError("the run ended before it was measured", where=told["name"], fix=text[-3000:])
-
-
-def measured(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file that is being written."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a run with all its processes, and wait until they are gone, and their memory with them."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    until = time.monotonic() + 60
-    with suppress(ProcessLookupError):
-        while time.monotonic() < until:
-            os.killpg(process.pid, 0)
-            time.sleep(POLL)
 
 
 def operations(told: dict[str, Any]) -> tuple[int, float, float]:

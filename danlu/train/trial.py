@@ -53,7 +53,7 @@ def short_run(
                 time.sleep(POLL)
                 lines = whole_lines(out / "metrics.jsonl")
         finally:
-            _end(process)
+            end(process)
         said.seek(0)
         text = said.read()
     if len(lines) < steps:
@@ -74,7 +74,7 @@ def step_seconds(lines: list[dict[str, Any]]) -> float:
     return median(line["seconds"] for line in lines[WARM:])
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
     """Kill a run with all its processes, and wait until they are gone, and their memory with them."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,8 @@ torch = pytest.importorskip("torch")
 hf = pytest.importorskip("transformers")
 
 from tests.model.zoo import CASES  # noqa: E402  it imports transformers
+from tests.plan.measured import TABLES, needs_tables  # noqa: E402
 from tests.plan.twins import twin  # noqa: E402  so does this one
-
-TABLES = Path(os.environ.get("DANLU_PLANNER", "../shared/planner"))
-needs_tables = pytest.mark.skipif(not TABLES.is_dir(), reason=f"{TABLES} with measured runs is absent")
 
 
 def weights_of(kind: Any, config: Any) -> int:

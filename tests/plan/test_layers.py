@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +24,7 @@ from danlu.plan.search import Asked, candidates, search
 from danlu.plan.shapes import shape, shapes
 from danlu.plan.tables import NEEDED, Table, read_tables
 from danlu.plan.time import TIME, step_time
-
-TABLES = Path(os.environ.get("DANLU_PLANNER", "../shared/planner"))
-needs_tables = pytest.mark.skipif(not TABLES.is_dir(), reason=f"{TABLES} with measured runs is absent")
+from tests.plan.measured import TABLES, needs_tables
 
 BELIEVED = {name: each.start for name, each in TIME.items()}
 HELD = {name: each.start for name, each in MEMORY.items()}

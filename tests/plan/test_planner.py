@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,11 +34,10 @@ from danlu.plan.search import given as given_plan
 from danlu.plan.shapes import of_config, shape, shapes
 from danlu.plan.tables import read_tables
 from danlu.plan.time import TIME, step_time
+from tests.plan.measured import TABLES, needs_tables
 
-TABLES = Path(os.environ.get("DANLU_PLANNER", "../shared/planner"))
 BELIEVED = {name: each.start for name, each in TIME.items()}
 HELD = {name: each.start for name, each in MEMORY.items()}
-needs_tables = pytest.mark.skipif(not TABLES.is_dir(), reason=f"{TABLES} with measured runs is absent")
 POWER = st.sampled_from((1, 2, 4, 8))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,10 +26,9 @@ from danlu.plan.search import Asked, search
 from danlu.plan.shapes import shape
 from danlu.plan.tables import Table, read_tables
 from danlu.plan.time import TIME, all_reduce_time, exchange_time, gradient_time, local_parts, local_weights, step_time
+from tests.plan.measured import TABLES, needs_tables
 from tests.plan.test_planner import BELIEVED, HELD, RUN, gib, job, took, write
 
-TABLES = Path(os.environ.get("DANLU_PLANNER", "../shared/planner"))
-needs_tables = pytest.mark.skipif(not TABLES.is_dir(), reason=f"{TABLES} with measured runs is absent")
 MODELS = st.sampled_from(("smollm2-135m", "llama-3.1-8b", "llama-3.1-405b", "gpt3-175b", "qwen3-30b-a3b"))
 DEVICES = st.sampled_from(sorted({each.name for each in accelerators().values() if each.near}))
 POWER = st.sampled_from((1, 2, 4, 8))
