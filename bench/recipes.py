@@ -1,11 +1,12 @@
 """What the recipes come to: each from an empty directory to its last figure, by the commands that its head names.
 
-    python bench/recipes.py [NAME ...] [--data DIRECTORY] [--steps N] [--save]
+    python bench/recipes.py [NAME ...] [--data DIRECTORY] [--steps N] [--home DIRECTORY] [--save]
 
 Without names all of them, one after another; some take up where another ended, which then runs before them. Beside
 each figure stands the bar it is held to, if it has one: what others reach (nanoGPT's 1.88 nat/character in the same
 budget), what a task counts as solved from, or its dense twin. `--steps` trains that many steps only, to see that all of
-it runs; such figures mean nothing.
+it runs; such figures mean nothing. All together take hours: with `--home` what is finished is kept there, and the same
+command goes on with the rest.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import arguments, emit
+from common import arguments, commit, emit
+
+from danlu.artifact import write_json
 
 HERE = Path(__file__).parents[1]
 FOLDER = HERE / "recipes"
@@ -88,6 +91,8 @@ RECIPES = {
 
 def lay_out(home: Path, data: Path) -> None:
     """A folder as the recipes expect it: themselves in recipes/, the data sets in recipes/data/."""
+    if (home / "recipes").is_dir():
+        return
     shutil.copytree(FOLDER, home / "recipes", ignore=shutil.ignore_patterns("data", "__pycache__"))
     (home / "recipes" / "data").symlink_to(data)
 
@@ -110,12 +115,18 @@ def call(name: str, words: Sequence[str], home: Path) -> str:
 
 
 def carry_out(name: str, home: Path, steps: int | None) -> dict[str, Any]:
-    """Run one; returns its steps, seconds and figures."""
+    """Run one, unless it has run there; returns its steps, seconds, figures and the commit they are of."""
+    kept = home / f"{name}.json"
+    if kept.is_file():
+        return dict(json.loads(kept.read_text(encoding="utf-8")))
     started = time.perf_counter()
     if RECIPES[name].prepare:
         call(name, RECIPES[name].prepare, home)
     told = numbers(json.loads(call(name, command(name, steps), home)))
-    return {"steps": int(told.pop("steps")), "seconds": time.perf_counter() - started, "figures": told}
+    seconds = time.perf_counter() - started
+    done = {"steps": int(told.pop("steps")), "seconds": seconds, "figures": told, "commit": commit()}
+    write_json(kept, done)
+    return done
 
 
 def numbers(told: dict[str, Any], before: str = "") -> dict[str, float]:
@@ -146,6 +157,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RECIPES)}")
     parser.add_argument("--data", type=Path, default=DATA, help="the folder of data sets")
     parser.add_argument("--steps", type=int, help="train so many steps only")
+    parser.add_argument("--home", type=Path, help="the folder of the runs; else a temporary one")
     given = parser.parse_args()
     unknown = [name for name in given.names if name not in RECIPES]
     if unknown:
@@ -157,10 +169,12 @@ def main() -> None:
     if reading:
         print(f"left out, because {given.data} is not there: {', '.join(reading)}")
     found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory(prefix="danlu-recipes-") as home:
-        lay_out(Path(home), given.data.resolve())
+    with tempfile.TemporaryDirectory(prefix="danlu-recipes-") as temporary:
+        home = (given.home or Path(temporary)).resolve()
+        home.mkdir(parents=True, exist_ok=True)
+        lay_out(home, given.data.resolve())
         for name in (name for name in names if name not in reading):
-            found[name] = carry_out(name, Path(home), given.steps)
+            found[name] = carry_out(name, home, given.steps)
     print(f"{'recipe':16} {'steps':>7} {'minutes':>8}  figures")
     for name, one in found.items():
         figures, bar = one["figures"], RECIPES[name].bar

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from danlu.compress.compensate import Inputs
 from danlu.compress.formats.known import Format, fitting, format_of
-from danlu.compress.rounding import Inputs, Rounded, round_compensated, round_plainly
+from danlu.compress.rounding import Rounded, round_compensated, round_plainly
 from danlu.compress.walk import Walk
 from danlu.console import progress, say
 from danlu.errors import DanluError

@@ -27,6 +27,7 @@ from danlu.errors import DanluError, need_extra
 BATCH = 512  # tokens of one prefill step, llama.cpp's own default
 SCORED = 64  # positions of one step whose logits are kept: 12.6 MB for a vocabulary of 49,152
 IGNORED = -100  # a target that is not scored
+CACHES = ("f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")  # number formats of keys and values
 WARNING, ERROR = 3, 4  # enum ggml_log_level
 RANDOM_SEED = 0xFFFFFFFF  # llama.cpp takes this one as the wish for a random one
 
@@ -93,6 +94,7 @@ class Engine:
         context: tokens of prompt and answer together; lowered, with a warning, to what the model was trained for.
         threads: computing threads; by default every physical core this process may use.
         exact: float32 key/value cache and no flash attention, to compare tokens with another implementation.
+        cache: the number format of keys and values, one of CACHES; `exact` goes before it.
 
     Attributes:
         context, threads, vocab_size: as in force.
@@ -102,8 +104,18 @@ class Engine:
     Raises DanluError where the file is missing, cut short, of an unknown architecture, or no generating model.
     """
 
-    def __init__(self, path: Path, *, context: int = 2048, threads: int | None = None, exact: bool = False) -> None:
-        self.path, self.exact, self.threads = Path(path), exact, threads or usable_cores()
+    def __init__(
+        self,
+        path: Path,
+        *,
+        context: int = 2048,
+        threads: int | None = None,
+        exact: bool = False,
+        cache: str = CACHES[0],
+    ) -> None:
+        if cache not in CACHES:
+            raise DanluError(f"keys and values cannot be held as {cache}", fix=f"known: {', '.join(CACHES)}")
+        self.path, self.exact, self.threads, self.cache = Path(path), exact, threads or usable_cores(), cache
         self._api = library()
         self._model: Any = None
         self._native: Any = None  # llama.cpp's context
@@ -369,6 +381,9 @@ class Engine:
         if self.exact:
             asked.type_k = asked.type_v = api.GGML_TYPE_F32
             asked.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        elif self.cache != CACHES[0]:
+            asked.type_k = asked.type_v = getattr(api, f"GGML_TYPE_{self.cache.upper()}")
+            asked.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_ENABLED  # nothing else reads packed values
         last_words()
         native = api.llama_init_from_model(self._model, asked)
         if not native:

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from danlu.artifact import figure, peak_memory
-from danlu.device.engine import IGNORED, Engine
+from danlu.device.engine import CACHES, IGNORED, Engine
 from danlu.errors import DanluError
 
 
@@ -40,7 +40,7 @@ class Request:
 
     Attributes:
         model: path of the GGUF.
-        context, threads, exact: see Engine.
+        context, threads, exact, cache: see Engine.
         prompt: token ids whose reading is timed.
         decode_tokens: decoded after the prompt, timed.
         repeats: of both; 0 leaves the speed out.
@@ -55,6 +55,7 @@ class Request:
     repeats: int
     documents: list[Document]
     exact: bool = False
+    cache: str = CACHES[0]
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ def measure(request: Request) -> Measurement:
 def work(request: Request) -> Measurement:
     """Measure in this process: speed first, so that scoring is not part of the peak memory."""
     started = time.perf_counter()
-    with Engine(Path(request.model), context=request.context, threads=request.threads, exact=request.exact) as engine:
+    asked = {"context": request.context, "threads": request.threads, "exact": request.exact, "cache": request.cache}
+    with Engine(Path(request.model), **asked) as engine:
         load_seconds = time.perf_counter() - started
         decode_tokens = min(request.decode_tokens, engine.context // 2)
         prompt = request.prompt[: engine.context - decode_tokens - 1]

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from danlu.compress.compensate import Inputs
 from danlu.compress.formats.grid import nearest
 from danlu.compress.formats.known import FORMATS, Format, fitting, format_of
-from danlu.compress.rounding import Inputs, Rounded, round_compensated, round_plainly
+from danlu.compress.rounding import Rounded, round_compensated, round_plainly
 from danlu.errors import DanluError
 
 EVERY = sorted(FORMATS)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from danlu.cli import app
-from danlu.cli import model as model_commands
+from danlu.cli.model import model as model_commands
 from danlu.errors import DanluError
 from danlu.model.config import AnyConfig, ModelConfig
 from danlu.model.costs import costs, count_parameters

@@ -46,6 +46,6 @@ def test_the_readme_s_commands_exist(page: str) -> None:
         command = known[name]
         if hasattr(command, "commands"):
             first = rest.split()[0]  # or the group's own, which need not be named
-            command = command.commands[first if first in command.commands else command.unnamed]
+            command = command.commands[first if first in command.commands else command.default]
         options = {option for parameter in command.params for option in parameter.opts}
         assert set(re.findall(r"--[\w-]+", rest)) <= options

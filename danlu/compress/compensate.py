@@ -1,0 +1,64 @@
+"""Changing the columns of a matrix one after another, while those still to come make up for what its outputs lose.
+
+The least-squares answer, given how inputs go together (OBQ, arXiv:2208.11580; GPTQ, arXiv:2210.17323; SparseGPT,
+arXiv:2301.00774). What a column is changed to, to a number of few bits or to 0, is the caller's choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+DAMPING = 0.01  # of the mean square of an input, added to every one: inputs never seen still count a little
+
+Choice = Callable[[int, Tensor], Tensor]  # from a block's column and fp32 [rows] to what stands for it, fp32 [rows]
+
+
+class Inputs:
+    """What a layer's inputs say about its weights.
+
+    Args:
+        products: fp32 [columns, columns], the sum over calibration tokens of the inputs' products; used up here, as
+            three matrices of this size at a time would be the largest thing in memory.
+
+    Attributes:
+        importance: fp32 [columns], the damped sum of squares.
+        factor: fp32 [columns, columns], the upper Cholesky factor of the inverse of the damped products.
+    """
+
+    def __init__(self, products: Tensor) -> None:
+        products.diagonal().add_(DAMPING * products.diagonal().mean().clamp(min=1e-12))
+        self.importance = products.diagonal().clone()
+        lower = torch.linalg.cholesky(products, out=products)
+        self.factor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+
+
+def compensate(weight: Tensor, inputs: Inputs, block: int, begin: Callable[[int, Tensor], Choice]) -> Tensor:
+    """What stands for a matrix, fp32 [rows, columns].
+
+    Args:
+        weight: fp32 [rows, columns].
+        block: columns that are decided about together.
+        begin: from a block's first column and its weights as they then are, fp32 [rows, block], to the choice of each.
+    """
+    left, factor = weight.clone(), inputs.factor
+    made = torch.empty_like(left)
+    for start in range(0, weight.shape[1], block):
+        end = min(start + block, weight.shape[1])
+        part = left[:, start:end]
+        made[:, start:end], errors = _one_block(part, begin(start, part), factor[start:end, start:end])
+        left[:, end:] -= errors @ factor[start:end, end:]
+    return made
+
+
+def _one_block(part: Tensor, choice: Choice, factor: Tensor) -> tuple[Tensor, Tensor]:
+    """What stands for a block, and the errors that those after it make up for, each [rows, block]."""
+    left = part.T.contiguous()  # a column lies in one piece
+    made, errors = torch.empty_like(left), torch.empty_like(left)
+    for column in range(len(left)):
+        made[column] = choice(column, left[column])
+        errors[column] = (left[column] - made[column]) / factor[column, column]
+        left[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
+    return made.T, errors.T
