@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -11,6 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from danlu.cli import app
 
 RECIPE = """\
 name: tiny
@@ -81,6 +85,13 @@ class Project:
             timeout=timeout,
             check=False,
         )
+
+    def here(self, *words: object) -> subprocess.CompletedProcess[str]:
+        """The same in this process, which has imported already what it needs: for what ends soon."""
+        line = [str(word) for word in words]
+        with contextlib.chdir(self.home):
+            ended = CliRunner().invoke(app, line, prog_name="danlu")
+        return subprocess.CompletedProcess(line, ended.exit_code, ended.stdout, ended.stderr)
 
 
 def make_project(home: Path, tiny_model: Path) -> Project:

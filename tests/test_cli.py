@@ -21,8 +21,12 @@ from tests.conftest import Project
 
 
 def refused(project: Project, *told: str, words: tuple[object, ...] | None = None, **environment: str) -> str:
-    """Run, expect one message with exit code 2 and nothing half-written; returns the message."""
-    ended = project.danlu(*(words or ("run", project.recipe)), **environment)
+    """Run, expect one message with exit code 2 and nothing half-written; returns the message.
+
+    Another environment needs another process.
+    """
+    line = words or ("run", project.recipe)
+    ended = project.danlu(*line, **environment) if environment else project.here(*line)
     assert ended.returncode == 2, ended.stderr
     assert "Traceback" not in ended.stderr
     messages = [line for line in ended.stderr.splitlines() if line.startswith("danlu: ")]
@@ -290,11 +294,11 @@ def test_debug_shows_the_traceback(project: Project) -> None:
 
 
 def test_recipe_can_be_checked_and_explained(project: Project) -> None:
-    assert "is in order" in project.danlu("recipe", project.recipe).stdout
-    told = json.loads(project.danlu("recipe", project.recipe, "--set", "seed=9", "--json").stdout)
+    assert "is in order" in project.here("recipe", project.recipe).stdout
+    told = json.loads(project.here("recipe", project.recipe, "--set", "seed=9", "--json").stdout)
     assert {"setting": "seed", "value": 9, "from": "--set seed=9"} in told
-    assert "tune.learning_rate" in project.danlu("recipe", project.recipe, "--resolved").stdout
-    assert "TuneSettings" in json.loads(project.danlu("recipe", "--schema").stdout)["$defs"]
+    assert "tune.learning_rate" in project.here("recipe", project.recipe, "--resolved").stdout
+    assert "TuneSettings" in json.loads(project.here("recipe", "--schema").stdout)["$defs"]
     refused(project, "name a recipe to check", words=("recipe",))
 
 

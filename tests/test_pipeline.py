@@ -31,7 +31,7 @@ def stages(run: Path) -> dict[str, str]:
 def made_anew(project: Project, *words: str) -> set[str]:
     """The stages that had work to do when the recipe is carried out with these words."""
     before = stages(project.run)
-    ended = project.danlu("run", project.recipe, "--json", *words)
+    ended = project.here("run", project.recipe, "--json", *words)
     assert ended.returncode == 0, ended.stderr
     assert all((project.run / name).is_dir() for name in before.values()), "an old artifact is gone"
     return {stage["stage"] for stage in json.loads(ended.stdout)["stages"] if stage["done"] == "now"}
@@ -54,7 +54,7 @@ def test_a_second_run_does_nothing_and_loads_no_torch(copy: Project) -> None:
     def times() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in copy.run.rglob("*") if path.name != ".lock"}
 
-    copy.danlu("run", copy.recipe)  # a copied model has another inode, and is hashed again
+    copy.here("run", copy.recipe)  # a copied model has another inode, and is hashed again
     before = times()
     code = "import sys\nfrom danlu.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
     started = time.monotonic()
@@ -102,7 +102,7 @@ def test_the_second_of_two_runs_waits_or_is_refused(project: Project) -> None:
 def test_a_missed_target_says_which_and_by_how_much(copy: Project) -> None:
     words = ("run", copy.recipe, "--set", "target.memory=20MB", "--set", "target.quality_loss=90%")
     for _ in range(2):  # the second run does nothing, and says the same
-        ended = copy.danlu(*words)
+        ended = copy.here(*words)
         assert ended.returncode == 1, ended.stderr
         assert "Traceback" not in ended.stderr
         told = ended.stderr[ended.stderr.index("danlu: ") :]
@@ -115,23 +115,23 @@ def test_a_missed_target_says_which_and_by_how_much(copy: Project) -> None:
 
 def test_paths_start_at_the_recipe_wherever_one_stands(copy: Project, tmp_path: Path) -> None:
     elsewhere = Project(tmp_path)
-    ended = elsewhere.danlu("run", copy.recipe, "--out", copy.run, "--until", "data")
+    ended = elsewhere.here("run", copy.recipe, "--out", copy.run, "--until", "data")
     assert ended.returncode == 0, ended.stderr
     assert "data: already done" in ended.stderr
 
 
 def test_json_is_all_there_is_on_standard_output(finished: Project) -> None:
-    told = json.loads(finished.danlu("run", finished.recipe, "--json").stdout)
+    told = json.loads(finished.here("run", finished.recipe, "--json").stdout)
     assert [stage["stage"] for stage in told["stages"]] == list(STAGES)
     assert told["passed"] is True and {stage["done"] for stage in told["stages"]} == {"already"}
 
 
 def test_show_tells_the_lineage_with_intervals(finished: Project) -> None:
-    hops = json.loads(finished.danlu("show", finished.run, "--json").stdout)
+    hops = json.loads(finished.here("show", finished.run, "--json").stdout)
     assert [hop["kind"] for hop in hops] == list(STAGES)
-    table = finished.danlu("show", finished.run, "--verify").stdout
+    table = finished.here("show", finished.run, "--verify").stdout
     assert "heldout loss change" in table and "95 % interval" in table and "verified: " in table
-    one = finished.danlu("show", finished.run / stages(finished.run)["evaluate"]).stdout
+    one = finished.here("show", finished.run / stages(finished.run)["evaluate"]).stdout
     assert "heldout loss before" in one and "tune-" not in one
 
 
@@ -141,25 +141,25 @@ def test_show_finds_what_does_not_fit_together(copy: Project) -> None:
     broken = bytearray(weights.read_bytes())
     broken[-1] ^= 1
     weights.write_bytes(broken)
-    assert copy.danlu("show", copy.run).returncode == 0
-    ended = copy.danlu("show", copy.run, "--verify")
+    assert copy.here("show", copy.run).returncode == 0
+    ended = copy.here("show", copy.run, "--verify")
     assert ended.returncode == 2 and "model.safetensors: differs from its checksum" in ended.stderr
     card = json.loads((copy.run / stages(copy.run)["evaluate"] / "card.json").read_text())
     card["inputs"]["tuned"] = "0" * 64
     weights.write_bytes(bytes(broken[:-1]) + bytes([broken[-1] ^ 1]))
     (copy.run / stages(copy.run)["evaluate"] / "card.json").write_text(json.dumps(card))
-    ended = copy.danlu("show", copy.run, "--verify")
+    ended = copy.here("show", copy.run, "--verify")
     assert ended.returncode == 2 and "was made from another tuned than this run holds" in ended.stderr
-    ended = copy.danlu("show", copy.home)
+    ended = copy.here("show", copy.home)
     assert ended.returncode == 2 and "is neither a run nor an artifact" in ended.stderr
 
 
 def test_export_writes_any_type(finished: Project, tmp_path: Path) -> None:
-    ended = finished.danlu("export", finished.run, "--type", "Q4_0", "--out", tmp_path / "a.gguf", "--json")
+    ended = finished.here("export", finished.run, "--type", "Q4_0", "--out", tmp_path / "a.gguf", "--json")
     assert ended.returncode == 0, ended.stderr
     told = json.loads(ended.stdout)
     assert told["bytes"] == (tmp_path / "a.gguf").stat().st_size and "tune-" in told["from"]
-    ended = finished.danlu("export", finished.run, "--type", "q9", "--out", tmp_path / "b.gguf")
+    ended = finished.here("export", finished.run, "--type", "q9", "--out", tmp_path / "b.gguf")
     assert ended.returncode == 2 and "q9 is no type" in ended.stderr
     assert not (tmp_path / "b.gguf").exists()
 
