@@ -156,8 +156,18 @@ def _imported(file: Path) -> list[Path]:
     return [file for place in places for file in (place.with_suffix(".py"), place / "__init__.py") if file.is_file()]
 
 
+def check_parent(path: Path) -> None:
+    """Raises DanluError where the directory that a file is to lie in is not there: best before minutes are spent."""
+    if not path.parent.is_dir():
+        raise DanluError("there is no such directory", where=path.parent, fix="make it, or name another place")
+
+
 def write_aside(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, sees the old one or the new one and nothing between."""
+    """Write a file so that a reader, or a crash, sees the old one or the new one and nothing between.
+
+    Raises DanluError where its directory is not there.
+    """
+    check_parent(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
     try:
         with aside.open("w", encoding="utf-8") as file:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import danlu.artifact
-from danlu.artifact import CARD, WORK, Artifact, build, code_version, content_id, only_writer, write_aside
+from danlu.artifact import CARD, WORK, Artifact, build, code_version, content_id, only_writer, write_aside, write_json
 from danlu.errors import DanluError
 
 
@@ -215,3 +215,10 @@ def test_a_file_in_the_place_of_the_directory(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
     with pytest.raises(DanluError, match="a directory is needed"), only_writer(tmp_path / "runs" / "a"):
         pass
+
+
+def test_a_file_needs_its_directory(tmp_path: Path) -> None:
+    with pytest.raises(DanluError, match="there is no such directory") as caught:
+        write_json(tmp_path / "not" / "a.json", {})
+    assert str(tmp_path / "not") in str(caught.value) and ".aside" not in str(caught.value)
+    assert not list(tmp_path.iterdir())

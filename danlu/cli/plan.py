@@ -163,9 +163,10 @@ def _print_tested(answer: dict[str, Any]) -> None:
 
 def _probe(out: Path, as_json: bool) -> None:
     """Measure this machine and write what was found."""
+    from danlu.artifact import check_parent
     from danlu.device.plan_probe import plan_probe, print_machine
 
-    out.parent.mkdir(parents=True, exist_ok=True)  # before minutes are spent
+    check_parent(out)
     machine = plan_probe()
     machine.write(out)
     if as_json:

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import gguf
 
+from danlu.artifact import check_parent
 from danlu.compress.settings import FileType
 from danlu.console import say
 from danlu.device.cores import usable_cores
@@ -126,8 +127,7 @@ def export(checkpoint: Checkpoint, file_type: str, out: Path) -> Stored:
     Raises DanluError where the type is not known, or the model has no form in GGUF.
     """
     known = check_type(file_type)
-    if not out.parent.is_dir():
-        raise DanluError("there is no such directory", where=out.parent)
+    check_parent(out)
     with tempfile.TemporaryDirectory(prefix=".danlu-export-", dir=out.parent) as work:
         source = Path(work) / "f32.gguf"
         write_gguf(checkpoint.load(), checkpoint.tokenizer, source, "f32")

@@ -252,6 +252,7 @@ def test_what_cannot_be_done_is_said_in_one_message(
     assert not (tmp_path / "checkpoints").exists() or not list((tmp_path / "checkpoints").iterdir())
 
 
+@pytest.mark.soak  # tests/train/test_stage.py has compiled and uncompiled steps side by side
 @pytest.mark.skipif(not can_compile(), reason="no C++ compiler with Python's headers")
 def test_compiling_is_decided_once_and_changes_no_curve(recipe: Path, tmp_path: Path) -> None:
     run(recipe, tmp_path / "eager", "--steps", "7")
