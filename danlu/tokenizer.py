@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -51,6 +52,7 @@ class Tokenizer:
         bos_id, eos_id, pad_id, mask_id, unk_id: ids of the special tokens, None where the checkpoint has none.
         special_ids: ids of all tokens that are no text.
         stop_ids: at these generation ends: end of text, and what ends a turn.
+        where: the file or directory it was read from, named in errors.
         adds_bos: whether the model expects every text to begin with `bos_id`; `encode` leaves that to the caller.
         chat_template: the Jinja source, None where the checkpoint has none.
     """
@@ -66,7 +68,7 @@ class Tokenizer:
         """
         self._json = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
         self._config = config
-        self._where = where
+        self.where = where
         self._backend = self._make_backend()
         self._special = {f"{role}_token": text for role in ROLES if (text := _text(config.get(f"{role}_token")))}
         vocab = self._backend.get_vocab(with_added_tokens=True)
@@ -91,6 +93,17 @@ class Tokenizer:
         if path.is_dir():
             return _from_directory(path)
         return _from_gguf(read_header(path))
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The content of its tokenizer.json, a copy."""
+        copied: dict[str, Any] = json.loads(self._json)
+        return copied
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The content of its tokenizer_config.json, chat template included, a copy."""
+        return copy.deepcopy(self._config)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -156,7 +169,7 @@ class Tokenizer:
                 **self._special,
             )
         except Exception as error:  # the template is the checkpoint's program and may fail in any way
-            raise DanluError(f"the chat template refuses this conversation: {error}", where=self._where) from None
+            raise DanluError(f"the chat template refuses this conversation: {error}", where=self.where) from None
 
     def save(self, directory: Path) -> None:
         """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja.
@@ -181,7 +194,7 @@ class Tokenizer:
 
         Raises DanluError where GGUF has no name for what this tokenizer does.
         """
-        made = gguf_vocabulary.vocabulary(json.loads(self._json), vocab_size, self._where)
+        made = gguf_vocabulary.vocabulary(json.loads(self._json), vocab_size, self.where)
         facts = {f"ggml.{name}": value for name, value in made.items()}
         for name, role in GGUF_ROLES.items():
             number = self._backend.token_to_id(self._special.get(f"{role}_token", ""))
@@ -198,10 +211,10 @@ class Tokenizer:
         if self.chat_template is None:
             raise DanluError(
                 "has no chat template, so conversations cannot be rendered",
-                where=self._where,
+                where=self.where,
                 fix='use an instruction-tuned checkpoint, or plain {"text": ...} examples',
             )
-        return _compile(self.chat_template, self._where)
+        return _compile(self.chat_template, self.where)
 
     @cached_property
     def _plain_backend(self) -> Backend:
@@ -226,7 +239,7 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             found = self._first_unknown(texts)
             if found is None:
-                raise DanluError(f"the text cannot be tokenized: {error}", where=self._where) from None
+                raise DanluError(f"the text cannot be tokenized: {error}", where=self.where) from None
             raise found from None
 
     def _first_unknown(self, texts: Sequence[str]) -> UnknownCharacter | None:
@@ -238,7 +251,7 @@ class Tokenizer:
                 try:
                     self._plain_backend.encode(character, add_special_tokens=False)
                 except Exception:
-                    return UnknownCharacter(character, number, place, self._where)
+                    return UnknownCharacter(character, number, place, self.where)
                 known.add(character)
         return None
 
@@ -249,7 +262,7 @@ class Tokenizer:
         try:
             backend = Backend.from_str(self._json)
         except Exception as error:  # the library raises bare Exception
-            raise DanluError(f"the tokenizer is damaged: {error}", where=self._where) from None
+            raise DanluError(f"the tokenizer is damaged: {error}", where=self.where) from None
         # Some files cut or pad every text, or add tokens to it; here the caller decides.
         backend.no_truncation()
         backend.no_padding()

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import sys
 
-from danlu.cli import checkpoint, compress, model, plan, work
+from danlu.cli import checkpoint, compress, device, model, plan, search, work
 from danlu.cli.base import Json, app, command, explain
 
-__all__ = ["Json", "app", "checkpoint", "command", "compress", "explain", "main", "model", "plan", "work"]
+__all__ = [
+    "Json",
+    "app",
+    "checkpoint",
+    "command",
+    "compress",
+    "device",
+    "explain",
+    "main",
+    "model",
+    "plan",
+    "search",
+    "work",
+]
 
 
 def main() -> None:

@@ -227,21 +227,52 @@ def doctor(as_json: Json = False) -> None:
 @command
 def export(
     ref: Ref,
-    type_: Annotated[str, typer.Option("--type", help="The GGUF type: f32, f16, q8_0, q4_0, q4_k_m, ...")],
-    out: Annotated[Path, typer.Option(help="The file to write.")],
+    out: Annotated[Path, typer.Option(help="The file to write; with another --to than gguf, the directory.")],
+    to: Annotated[
+        Literal["gguf", "onnx", "openvino", "executorch", "compressed-tensors"],
+        typer.Option(help="The form: llama.cpp's file, a graph, or what transformers and vLLM load in few bits."),
+    ] = "gguf",
+    type_: Annotated[
+        str | None,
+        typer.Option("--type", help="gguf: q8_0, q4_0, ...; onnx: f32, int8; compressed-tensors: w8a16, w4a16, ..."),
+    ] = None,
+    calibration: Annotated[Path | None, typer.Option(help="compressed-tensors: a text like what it is for.")] = None,
+    heldout: Annotated[Path | None, typer.Option(help="compressed-tensors: another, to measure the loss on.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the calibration text, at most.")] = 16_384,
     as_json: Json = False,
 ) -> None:
-    """Write a model as one GGUF file.
+    """Write a model in another program's form, run it there, and compare.
 
-    For llama.cpp and all that is built on it.
+    GGUF is one file for llama.cpp and all that is built on it. The others are directories with a card of what was
+    measured; what the other program does not compute as the original does is refused.
 
     Example:  danlu export runs/python-helper --type q8_0 --out helper.gguf
     """
+    if to == "gguf":
+        if calibration is not None or heldout is not None:
+            fix = "danlu compress quantize rounds by a text and writes GGUF"
+            raise DanluError("a text has no effect on --to gguf", where="export", fix=fix)
+        _export_gguf(ref, type_, out, as_json)
+        return
+    from danlu.compress.exports.export import Request, export_model
+    from danlu.compress.quantizer import read_text
+
+    texts = [None if file is None else read_text(file) for file in (calibration, heldout)]
+    made = export_model(Request(tuned(ref), to, type_, out, texts[0], texts[1], tokens))
+    if as_json:
+        print_json(made.plain())
+    else:
+        result(f"{made.path}: {made.figures['file_size']['value'] / 1e6:,.1f} MB")
+
+
+def _export_gguf(ref: str, file_type: str | None, out: Path, as_json: bool) -> None:
     from danlu.compress.quantize import export as write
     from danlu.model.checkpoint import Checkpoint
 
+    if file_type is None:
+        raise DanluError("name the type of the file", where="--type", fix="f32, f16, q8_0, q4_k_m, q4_0, ...")
     source = tuned(ref)
-    stored = write(Checkpoint.open(source), type_, out)
+    stored = write(Checkpoint.open(source), file_type, out)
     if as_json:
         print_json({"file": str(out), "bytes": out.stat().st_size, "from": str(source), **stored.plain()})
     else:

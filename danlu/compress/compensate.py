@@ -13,6 +13,8 @@ from torch import Tensor
 
 DAMPING = 0.01  # of the mean square of an input, added to every one: inputs never seen still count a little
 
+CAUTION = 0.5  # of the same, where weights themselves are fitted to the inputs seen
+
 Choice = Callable[[int, Tensor], Tensor]  # from a block's column and fp32 [rows] to what stands for it, fp32 [rows]
 
 
@@ -22,17 +24,38 @@ class Inputs:
     Args:
         products: fp32 [columns, columns], the sum over calibration tokens of the inputs' products; used up here, as
             three matrices of this size at a time would be the largest thing in memory.
+        drift: the same of (inputs in the original model - inputs) with the inputs; used up too. None for nothing.
 
     Attributes:
         importance: fp32 [columns], the damped sum of squares.
         factor: fp32 [columns, columns], the upper Cholesky factor of the inverse of the damped products.
+        shift: fp32 [columns, columns] or None; see `aim`.
     """
 
-    def __init__(self, products: Tensor) -> None:
-        products.diagonal().add_(DAMPING * products.diagonal().mean().clamp(min=1e-12))
-        self.importance = products.diagonal().clone()
+    def __init__(self, products: Tensor, drift: Tensor | None = None) -> None:
+        self.shift = None
+        if drift is not None:
+            lower = torch.linalg.cholesky(_damp(products.clone(), CAUTION))
+            self.shift = torch.cholesky_solve(drift.T, lower).T
+        self.importance = _damp(products, DAMPING).diagonal().clone()
         lower = torch.linalg.cholesky(products, out=products)
         self.factor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+
+    def aim(self, weight: Tensor) -> Tensor:
+        """The weights, fp32 [rows, columns], that best give from these inputs what the given ones gave in the original.
+
+        With inputs x there and y here, min_V sum |V y - W x|^2 is at V = W + W (sum (x - y) y^T) (sum y y^T)^-1. What
+        is left does not depend on how V is rounded, so that V is what rounding has to come near to: the asymmetric
+        calibration of GPTAQ (arXiv:2504.02692), in closed form. It is damped towards W far more than the rounding is,
+        as tokens that were not looked at drift otherwise.
+        """
+        return weight if self.shift is None else torch.addmm(weight, weight, self.shift)
+
+
+def _damp(products: Tensor, share: float) -> Tensor:
+    """The products, a share of their mean square added to every square in place."""
+    products.diagonal().add_(share * products.diagonal().mean().clamp(min=1e-12))
+    return products
 
 
 def compensate(weight: Tensor, inputs: Inputs, block: int, begin: Callable[[int, Tensor], Choice]) -> Tensor:

@@ -15,14 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from danlu.artifact import CARD, Figures, code_version, inventory, make_card, peak_memory, write_json
+from danlu.artifact import CARD, Figures, check_parent, code_version, inventory, make_card, peak_memory, write_json
+from danlu.compress.walk import Walk
 from danlu.errors import DanluError
-from danlu.model.checkpoint import Checkpoint, save_checkpoint
+from danlu.model.checkpoint import Checkpoint, StoredModel, save_checkpoint
 from danlu.model.config import ModelConfig
-from danlu.model.families.known import family_for
 from danlu.model.stored import Make, without_memory
-from danlu.model.transformer import Decoder
+from danlu.settings import read_share
 from danlu.tokenizer import Tokenizer
+from danlu.train.precision import choose_precision
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}  # of stored weights
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,14 @@ class Source:
         return sum(weight.numel() for weight in without_memory(self.config).state_dict().values())
 
 
+def start_walk(source: Source, rows: Tensor) -> Walk:
+    """Calibration rows, int64 [rows, T], before the first block; blocks multiply in the faster of bf16 and fp32.
+
+    What is pruned is computed in fp32 all the same.
+    """
+    return Walk(source.config, source.makers, rows, choose_precision("auto")[0])
+
+
 @dataclass
 class Shelf:
     """Weights on disk, in fp32, so that none has to stay in memory until all are made.
@@ -60,13 +71,19 @@ class Shelf:
     folder: Path
     weights: dict[str, Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def at(cls, folder: Path) -> Shelf:
+        """An empty one in a new folder."""
+        folder.mkdir()
+        return cls(folder)
+
     def keep(self, name: str, weight: Tensor) -> None:
         """Put a weight aside."""
         file = self.folder / f"{name}.bin"
         weight.detach().contiguous().numpy().tofile(file)
         self.weights[name] = torch.from_numpy(np.memmap(file, np.float32, "r+", shape=tuple(weight.shape)))
 
-    def keep_others(self, source: Source, names: Mapping[str, str] | None = None) -> None:
+    def keep_others(self, source: Source) -> None:
         """Put aside, as they are, all weights that were not yet."""
         for name, make in source.makers.items():
             if name not in self.weights:
@@ -77,11 +94,21 @@ class Shelf:
         return Source(config, {name: weight.clone for name, weight in self.weights.items()})
 
 
+def read_part(text: str) -> float:
+    """A share as users write it, 50% or 0.5, as a number. Raises DanluError where it is no share of something."""
+    try:
+        part = float(str(read_share(text)))
+    except ValueError:
+        part = 0.0
+    if not 0 < part < 1:
+        raise DanluError(f"{text} is no part of something", where="--share", fix="say 50%, or 0.5")
+    return part
+
+
 @contextmanager
 def workplace(out: Path) -> Iterator[Path]:
-    """A folder beside `out` for what is under way, gone at the end. Raises DanluError where there is no place for it."""
-    if not out.parent.is_dir():
-        raise DanluError("there is no such directory", where=out.parent)
+    """A folder beside `out` for what is under way, gone at the end. Raises DanluError where it cannot be there."""
+    check_parent(out)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", suffix=".aside", dir=out.parent) as folder:
         yield Path(folder)
 
@@ -102,9 +129,15 @@ class Product:
         """As JSON-ready values."""
         return {"path": str(self.path), "figures": self.figures}
 
+    @property
+    def words(self) -> str:
+        """What was measured, in a line."""
+        told = {name: about for name, about in self.figures.items() if "value" in about}
+        return ", ".join(f"{name} {about['value']:,.4g} {about['unit']}" for name, about in told.items())
+
 
 @dataclass(frozen=True)
-class Recipe:
+class Making:
     """What a product is made from and by.
 
     Attributes:
@@ -118,23 +151,19 @@ class Recipe:
     kind: str
     module: str
     settings: dict[str, Any]
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | StoredModel
     started: float = field(default_factory=time.monotonic)
 
-    def write(self, source: Source, tokenizer: Tokenizer, out: Path, figures: Figures, dtype: torch.dtype) -> Product:
-        """Write a model as a Hugging Face directory with a card.json.
+    def write(self, config: ModelConfig, shelf: Shelf, tokenizer: Tokenizer, out: Path, dtype: torch.dtype) -> None:
+        """Write what lies on a shelf as a Hugging Face directory that transformers loads.
 
         Raises DanluError where the disk refuses, or no architecture of Hugging Face computes this model.
         """
-        model = without_memory(source.config)
-        assert isinstance(model, Decoder)
-        weights = {name: source.makers[name]() for name in model.state_dict()}
-        model.load_state_dict(weights, assign=True)
+        model = without_memory(config)
+        model.load_state_dict({name: shelf.weights[name] for name in model.state_dict()}, assign=True)
         save_checkpoint(model.eval(), tokenizer, out, dtype)
-        self.sign(out, figures)
-        return Product(out, figures)
 
-    def sign(self, out: Path, figures: Figures) -> None:
+    def sign(self, out: Path, figures: Figures) -> Product:
         """Put the card beside what was written."""
         card = make_card(
             self.kind,
@@ -148,8 +177,4 @@ class Recipe:
             resumed=False,
         )
         write_json(out / CARD, card)
-
-
-def check_expressible(config: ModelConfig) -> None:
-    """Raise DanluError where no known architecture has this shape, before any work."""
-    family_for(config)
+        return Product(out, figures)

@@ -4,61 +4,35 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import torch
 from torch import Tensor
 
+from danlu.artifact import check_parent
+from danlu.compress.beside import Beside
 from danlu.compress.compensate import Inputs
-from danlu.compress.formats.known import Format, fitting, format_of
-from danlu.compress.rounding import Rounded, round_compensated, round_plainly
-from danlu.compress.walk import Walk
+from danlu.compress.formats.known import Format
+from danlu.compress.mixes import PLAIN, formats_for, head_of
+from danlu.compress.qat import STEP_ROWS, tune
+from danlu.compress.rounding import round_compensated, round_in_place, round_plainly
+from danlu.compress.spool import Spool
 from danlu.console import progress, say
 from danlu.errors import DanluError
 from danlu.model.checkpoint import Checkpoint
-from danlu.model.families.known import family_for
-from danlu.model.gguf import EXACT, Packed, write_weights
+from danlu.model.gguf import write_weights
+from danlu.train.precision import choose_precision
 
 ROW = 512  # calibration tokens of a row
 FEWEST = 4096  # calibration tokens; fewer do not tell how inputs go together
-PIECE = 2**22  # numbers of a matrix rounded at once: with fixed products, rows do not know of each other
-END = "q6_k"  # of the head: its errors reach the probabilities directly
+PIECE = 2**21  # numbers of a matrix rounded at once
 # What llama.cpp calls a file most of which has a format.
 FILE_TYPES = {"q2_k": "Q2_K_S", "q3_k": "Q3_K_S", "q4_k": "Q4_K_S", "q5_k": "Q5_K_S"}
-
-
-@dataclass
-class Spool:
-    """Packed matrices on disk, so that none has to stay in memory until the file is written.
-
-    Attributes:
-        folder: where they lie.
-        weights: by their names in the model; vectors and what stays exact as they are.
-        forms: how each matrix is stored.
-    """
-
-    folder: Path
-    weights: dict[str, Tensor | Packed] = field(default_factory=dict)
-    forms: dict[str, str] = field(default_factory=dict)
-
-    def keep(self, name: str, rounded: Rounded, form: Format, shape: tuple[int, ...]) -> None:
-        """Put a matrix, or a bank of them, of this shape aside."""
-        file = self.folder / f"{len(self.forms)}.bin"
-        rounded.packed.numpy().tofile(file)
-        data = torch.from_numpy(np.memmap(file, np.uint8, "r+")).view(*shape[:-1], -1)
-        self.weights[name], self.forms[name] = Packed(form.kind, data), form.kind.name.lower()
-
-    def keep_exact(self, name: str, weight: Tensor) -> None:
-        """Put aside as it is what no format holds, or must not."""
-        self.weights[name] = weight.clone()
-        if weight.dim() > 1:
-            self.forms[name] = "f32"
 
 
 @dataclass(frozen=True)
@@ -93,43 +67,58 @@ def read_text(path: Path) -> str:
         raise DanluError(f"is no text in UTF-8: byte {error.start:,} is none of it", where=path) from None
 
 
-def quantize_model(checkpoint: Checkpoint, type: str, calibration: str, out: Path, tokens: int = 16_384) -> Made:
-    """Round a decoder's matrices to one format, making up for errors on a text, and write a GGUF file.
+def quantize_model(
+    checkpoint: Checkpoint,
+    types: str | Mapping[str, str],
+    calibration: str,
+    out: Path,
+    tokens: int = 16_384,
+    steps: int = 0,
+) -> Made:
+    """Round a decoder's matrices, making up for errors on a text, and write a GGUF file.
 
-    Inputs of a block are those that the rounded blocks before it give. The head, and the embedding where it is the
-    head, are rounded to Q6_K; vectors, routers and learned positions stay fp32.
+    What a layer is to give is what it gives in the original; what it is given is what the rounded layers before it
+    make. Vectors, routers and learned positions stay fp32.
 
     Args:
         checkpoint: any decoder that GGUF holds.
-        type: a number format, as GGML calls it: q4_0, q4_k, ...
+        types: a number format, as GGML calls it (q4_0, q4_k, ...), for all but the head, which then gets Q6_K; or one
+            for each matrix by its name in the model (danlu/compress/mixes.py).
         calibration: a text like what the model is for.
         out: the file, written aside and renamed.
         tokens: of the text, at most; whole rows of 512 drawn evenly over it.
+        steps: of tuning afterwards, each on 2,048 tokens of the whole text (danlu/compress/qat.py).
 
-    Raises DanluError where the type is not known, the text is too short, or llama.cpp would compute otherwise.
+    Raises DanluError where a type or matrix is not known, the text is too short, or llama.cpp would compute otherwise.
     """
-    form = format_of(type)
+    plan = {name: (asked, form) for name, asked, form in formats_for(checkpoint, types)}
     rows = calibration_rows(checkpoint, calibration, tokens)
-    if not out.parent.is_dir():
-        raise DanluError("there is no such directory", where=out.parent)
+    check_parent(out)
     config = checkpoint.config
-    names = family_for(config).gguf_names
-    exact = {name for name in checkpoint.model.makers() if (names.theirs(name) or "").endswith(EXACT)}
-    file_type = gguf.LlamaFileType["MOSTLY_" + FILE_TYPES.get(type.lower(), type.upper())]
-    with tempfile.TemporaryDirectory(prefix=".danlu-quantize-", dir=out.parent) as folder, torch.inference_mode():
-        spool = Spool(Path(folder))
-        with progress("quantize", config.layers + 1, "blocks") as tick:
-            _round_all(checkpoint, form, rows, exact, spool, tick.advance)
-        write_weights(config, spool.weights, checkpoint.tokenizer, out, file_type=file_type)
-    head = format_of(END).kind.name.lower()
-    other = {name: used for name, used in spool.forms.items() if used not in (form.kind.name.lower(), head, "f32")}
-    made = Made(
-        out, out.stat().st_size, dict(Counter(spool.forms.values())), dict(Counter(other.values())), rows.numel()
-    )
-    if other:
-        told = ", ".join(f"{count} as {used}" for used, count in made.stand_ins.items())
-        say(f"quantize: {len(other)} matrices have rows that do not fill blocks of {form.block}: stored {told}")
-    return made
+    with tempfile.TemporaryDirectory(prefix=".danlu-quantize-", dir=out.parent) as folder:
+        spool = Spool(Path(folder), grids_too=steps > 0)
+        with progress("quantize", config.layers + 1, "blocks") as tick, torch.no_grad():
+            _round_all(checkpoint, {name: form for name, (_, form) in plan.items()}, rows, spool, tick.advance)
+        if steps:
+            every = calibration_rows(checkpoint, calibration, steps * STEP_ROWS * ROW)
+            with progress("tune", steps, "steps") as tick:
+                tune(checkpoint, spool, every, steps, tick.advance)
+        asked = Counter(asked for asked, _ in plan.values())
+        write_weights(config, spool.weights, checkpoint.tokenizer, out, file_type=_file_type(asked))
+    used = {name: PLAIN if form is None else form.kind.name.lower() for name, (_, form) in plan.items()}
+    other = {name: (asked, used[name]) for name, (asked, _) in plan.items() if asked != used[name]}
+    stand_ins = Counter(used for _, used in other.values())
+    for (wanted, instead), count in Counter(other.values()).items():
+        say(f"quantize: {count} matrices have rows that do not fill blocks of {wanted}: stored as {instead}")
+    return Made(out, out.stat().st_size, dict(Counter(used.values())), dict(stand_ins), rows.numel())
+
+
+def _file_type(asked: Counter[str]) -> gguf.LlamaFileType:
+    """What the file says it is: what most of its matrices are."""
+    most = asked.most_common(1)[0][0]
+    if most == PLAIN:
+        return gguf.LlamaFileType.ALL_F32
+    return gguf.LlamaFileType["MOSTLY_" + FILE_TYPES.get(most, most.upper())]
 
 
 def calibration_rows(checkpoint: Checkpoint, text: str, tokens: int) -> Tensor:
@@ -145,57 +134,40 @@ def calibration_rows(checkpoint: Checkpoint, text: str, tokens: int) -> Tensor:
 
 
 def _round_all(
-    checkpoint: Checkpoint, form: Format, rows: Tensor, exact: set[str], spool: Spool, tick: Callable[[int, str], None]
+    checkpoint: Checkpoint,
+    forms: Mapping[str, Format | None],
+    rows: Tensor,
+    spool: Spool,
+    tick: Callable[[int, str], None],
 ) -> None:
-    walk = Walk(checkpoint.config, checkpoint.model.makers(torch.float32), rows)
-    embedding = walk.embed()
-    for prefix, block, products in walk.blocks():
-        inputs = _inputs(products.found)
-        for name, weight in block.named_parameters():
-            path = prefix + name
-            if _stays(path, weight, exact):
-                spool.keep_exact(path, weight.data)
-            else:
-                rounded = _keep(spool, path, weight.data, form, inputs.get(name.removesuffix(".weight")))
-                weight.data = rounded.view_as(weight)
-        tick(1, prefix.rstrip("."))
+    makers = checkpoint.model.makers(torch.float32)
+    walk = Beside(checkpoint.config, makers, rows, choose_precision("auto")[0])
+    walk.embed()
+    for turn in walk.blocks():
+        weights = dict(turn.block.named_parameters())
+        for names, inputs in turn.layers:
+            for name in (f"{name}.weight" for name in names):
+                _round(turn.prefix + name, weights.pop(name), forms, inputs, spool)
+        for name, weight in weights.items():
+            _round(turn.prefix + name, weight, forms, None, spool)
+        tick(1, turn.prefix.rstrip("."))
     ends, given = walk.end()
-    head = "head.weight" if "head.weight" in ends else "embedding.tokens.weight"
-    for name, matrix in (embedding | ends).items():
-        if _stays(name, matrix, exact):
-            spool.keep_exact(name, matrix)
-        elif name == head:
-            _keep(spool, name, matrix, format_of(END), Inputs(given))
-        else:
-            _keep(spool, name, matrix, form, None)
+    head = head_of(forms)
+    for name in [name for name in makers if name.startswith("embedding.")]:
+        _round(name, makers[name](), forms, given if name == head else None, spool)
+    for name, matrix in ends.items():
+        _round(name, matrix, forms, given if name == head else None, spool)
     tick(1, "head")
 
 
-def _stays(name: str, weight: Tensor, exact: set[str]) -> bool:
-    """Whether a weight is kept as it is: vectors, biases of experts, and what llama.cpp reads in fp32."""
-    return weight.dim() == 1 or name.endswith("bias") or name in exact
-
-
-def _inputs(products: dict[str, Tensor]) -> dict[str, Inputs]:
-    """By layer; layers that share products share what is made of them. Inputs that were never seen say nothing."""
-    made = {id(each): Inputs(each) for each in {id(each): each for each in products.values()}.values() if each.any()}
-    return {name: made[id(each)] for name, each in products.items() if id(each) in made}
-
-
-def _keep(spool: Spool, name: str, weight: Tensor, form: Format, inputs: Inputs | None) -> Tensor:
-    """Round a matrix or a bank and put it aside; the values that the model goes on with, [rows, columns]."""
-    flat = weight.reshape(-1, weight.shape[-1])
-    fits = fitting(form, flat.shape[1])
-    if fits is None:
-        spool.keep_exact(name, weight)
-        return flat
-    way = partial(round_plainly, form=fits) if inputs is None else partial(round_compensated, form=fits, inputs=inputs)
-    rounded = _in_pieces(flat, way)
-    spool.keep(name, rounded, fits, tuple(weight.shape))
-    return rounded.values
-
-
-def _in_pieces(weight: Tensor, way: Callable[[Tensor], Rounded]) -> Rounded:
-    pieces: Iterable[Rounded] = map(way, weight.split(max(PIECE // weight.shape[1], 1)))
-    packed, values = zip(*((each.packed, each.values) for each in pieces), strict=True)
-    return Rounded(torch.cat(packed), torch.cat(values))
+def _round(name: str, weight: Tensor, forms: Mapping[str, Format | None], inputs: Inputs | None, spool: Spool) -> None:
+    """Put a weight aside as its format has it, and make it that."""
+    form = forms.get(name)
+    if form is None:
+        spool.keep_exact(name, weight.data)
+        return
+    way = partial(round_plainly, form=form) if inputs is None else partial(round_compensated, form=form, inputs=inputs)
+    flat = weight.data.contiguous().view(-1, weight.shape[-1])
+    rounded = round_in_place(flat, max(PIECE // flat.shape[1], 1), way)
+    spool.keep(name, rounded, form, tuple(weight.shape))
+    weight.data = flat.view_as(weight)

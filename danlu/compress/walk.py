@@ -1,4 +1,4 @@
-"""A decoder walked block by block: weights are read when it is their block's turn and dropped after it, so that memory
+"""A stack walked block by block: weights are read when it is their block's turn and dropped after it, so that memory
 does not grow with the number of layers."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from danlu.model.config import ModelConfig
 from danlu.model.sight import Batch, Sight, self_sight
 from danlu.model.stored import Make, without_memory
-from danlu.model.transformer import Decoder
+from danlu.model.transformer import Decoder, Encoder
 
 ROWS = 4  # computed at once
 
@@ -49,21 +49,25 @@ class Walk:
     """Calibration rows on their way through a model that is on disk.
 
     Args:
-        config: of the decoder.
+        config: of a decoder, or of an encoder of text.
         makers: read its weights, by name, in fp32.
         rows: int64 [rows, T], token ids.
+        dtype: that blocks multiply in; the stream between them stays fp32.
 
     Attributes:
         model: on the meta device, but for the part whose turn it is.
         hidden: the stream between blocks, fp32 [ROWS, T, width] each.
     """
 
-    def __init__(self, config: ModelConfig, makers: Mapping[str, Make], rows: Tensor) -> None:
+    def __init__(
+        self, config: ModelConfig, makers: Mapping[str, Make], rows: Tensor, dtype: torch.dtype = torch.float32
+    ) -> None:
         made = without_memory(config)
-        assert isinstance(made, Decoder)
-        self.model, self._makers = made.eval(), makers
+        assert isinstance(made, Decoder | Encoder)
+        self.model, self._makers, self._dtype = made.eval(), makers, dtype
         self._places = torch.arange(rows.shape[1]).expand(ROWS, -1)
         self._rows = rows.split(ROWS)
+        self._sights: dict[tuple[bool, int], tuple[Sight]] = {}
         self.hidden: list[Tensor] = []
 
     def embed(self) -> dict[str, Tensor]:
@@ -78,40 +82,53 @@ class Walk:
 
         Weights that are changed before the next one is asked for are those that the rows go on through.
         """
-        sights: dict[tuple[bool, int], tuple[Sight]] = {}
-        for layer, block in enumerate(self.model.blocks.children()):
-            self._fill(block, f"blocks.{layer}.")
-            products = Products()
+        for layer in range(self.model.config.layers):
+            block, products = self.enter(layer), Products()
             handles = products.watch(block)
-            self._through(layer, block, sights)
+            for x in self.hidden:
+                self.compute(layer, x)
             for handle in handles:
                 handle.remove()
             yield f"blocks.{layer}.", block, products
-            self.hidden = self._through(layer, block, sights)
-            self._drop(block)
+            self.leave(layer)
+
+    def enter(self, layer: int) -> nn.Module:
+        """A block, its weights read."""
+        block = self.model.blocks.get_submodule(str(layer))
+        self._fill(block, f"blocks.{layer}.")
+        return block
+
+    def compute(self, layer: int, x: Tensor) -> Tensor:
+        """What the block makes of a part of the stream, fp32 [B, T, width] both."""
+        key = (self.model.config.window(layer) is not None, len(x))
+        if key not in self._sights:
+            batch = Batch(self._places[: len(x)], None, None, None)
+            self._sights[key] = (self_sight(self.model.config, layer, batch, None),)
+        with torch.autocast("cpu", self._dtype, self._dtype != torch.float32):
+            made: Tensor = self.model.blocks.get_submodule(str(layer))(x, self._sights[key])
+        return made.float()
+
+    def leave(self, layer: int) -> None:
+        """The stream goes on through the block as it now is; its weights are dropped."""
+        self.hidden = [self.compute(layer, x) for x in self.hidden]
+        self._drop(self.model.blocks.get_submodule(str(layer)))
 
     def end(self) -> tuple[dict[str, Tensor], Tensor]:
         """Weights of the last norm and the head by their names, and the products of what the head is given."""
-        weights = {}
-        if self.model.norm is not None:
-            weights = self._fill(self.model.norm, "norm.")
-            self.hidden = [self.model.norm(x) for x in self.hidden]
+        weights = self.finish()
         given = torch.zeros(self.model.config.width, self.model.config.width)
         for x in self.hidden:
             flat = x.reshape(-1, x.shape[-1])
             given.addmm_(flat.T, flat)
-        head = {name: make() for name, make in self._makers.items() if name.startswith("head.")}
-        return weights | head, given
+        return weights, given
 
-    def _through(self, layer: int, block: nn.Module, sights: dict[tuple[bool, int], tuple[Sight]]) -> list[Tensor]:
-        made = []
-        for x in self.hidden:
-            key = (self.model.config.window(layer) is not None, len(x))
-            if key not in sights:
-                batch = Batch(self._places[: len(x)], None, None, None)
-                sights[key] = (self_sight(self.model.config, layer, batch, None),)
-            made.append(block(x, sights[key]))
-        return made
+    def finish(self) -> dict[str, Tensor]:
+        """The stream goes through the last norm. Its weights and the head's, by their names."""
+        weights = {}
+        if self.model.norm is not None:
+            weights = self._fill(self.model.norm, "norm.")
+            self.hidden = [self.model.norm(x) for x in self.hidden]
+        return weights | {name: make() for name, make in self._makers.items() if name.startswith("head.")}
 
     def _fill(self, module: nn.Module, prefix: str) -> dict[str, Tensor]:
         weights = {name: self._makers[prefix + name]() for name in module.state_dict()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -84,6 +85,9 @@ class Sampling:
     repetition_penalty: float
     frequency_penalty: float
     presence_penalty: float
+
+
+GREEDY = Sampling(0.0, 1.0, 0, 0.0, 0, 1.0, 0.0, 0.0)
 
 
 class Engine:
@@ -226,6 +230,22 @@ class Engine:
         self._cached.clear()
         self._api.llama_memory_clear(self._memory, False)
 
+    def choosing_times(self, tokens: Sequence[int]) -> list[float]:
+        """Seconds that choosing the likeliest word takes after each of some tokens, computed one by one, anew."""
+        self.clear()
+        one = (self._api.llama_token * 1)()
+        step = self._api.llama_batch_get_one(one, 1)
+        times = []
+        with self._sampler(GREEDY) as sampler:
+            for token in tokens:
+                one[0] = token
+                self._compute(self._native, step)
+                self._cached.append(token)
+                started = time.perf_counter()
+                self._api.llama_sampler_sample(sampler, self._native, -1)
+                times.append(time.perf_counter() - started)
+        return times
+
     @contextmanager
     def _sampler(self, sampling: Sampling) -> Iterator[Any]:
         """llama.cpp's sampler chain; the chain owns its parts."""
@@ -312,18 +332,29 @@ class Engine:
         if ids.shape != following.shape or ((following < 0) | (following >= self.vocab_size))[wanted].any():
             raise ValueError(f"targets must be as many as tokens, and ids below {self.vocab_size} or {IGNORED}")
         loss, correct = np.zeros(ids.size, np.float32), np.zeros(ids.size, bool)
-        for positions, logits in self._scored(ids, wanted):
+        for positions, logits in self.scored(ids, wanted):
             loss[positions], correct[positions] = cross_entropy(logits, following[positions])
         return loss, correct
+
+    def likeliest(self, tokens: Sequence[int], count: int) -> list[int]:
+        """The most likely token after each of the last `count` tokens, the ones before it given; computed in one step.
+
+        What the tokens share with those already in the cache is not computed again. Raises DanluError where they do
+        not fit in the context.
+        """
+        self._check_room(len(tokens), 0)
+        ids = np.asarray(tokens, np.int32)
+        parts = self.scored(ids, np.arange(ids.size) >= ids.size - count)
+        return [int(token) for _, logits in parts for token in logits.argmax(axis=1)]
 
     def next_logits(self, tokens: Sequence[int]) -> np.ndarray:
         """Logits of the token after `tokens`, float32 [vocab]."""
         self._check_room(len(tokens), 0)
         ids = np.asarray(tokens, np.int32)
-        [(_, logits)] = self._scored(ids, np.arange(ids.size) == ids.size - 1)
+        [(_, logits)] = self.scored(ids, np.arange(ids.size) == ids.size - 1)
         return logits[0].copy()
 
-    def _scored(self, ids: np.ndarray, wanted: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def scored(self, ids: np.ndarray, wanted: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The wanted positions of one document, a step at a time, with their logits (valid until the next step).
 
         What the document shares with the tokens already in the cache, say a system prompt, is not computed again.

@@ -129,8 +129,13 @@ def measure(request: Request) -> Measurement:
 def work(request: Request) -> Measurement:
     """Measure in this process: speed first, so that scoring is not part of the peak memory."""
     started = time.perf_counter()
-    asked = {"context": request.context, "threads": request.threads, "exact": request.exact, "cache": request.cache}
-    with Engine(Path(request.model), **asked) as engine:
+    with Engine(
+        Path(request.model),
+        context=request.context,
+        threads=request.threads,
+        exact=request.exact,
+        cache=request.cache,
+    ) as engine:
         load_seconds = time.perf_counter() - started
         decode_tokens = min(request.decode_tokens, engine.context // 2)
         prompt = request.prompt[: engine.context - decode_tokens - 1]

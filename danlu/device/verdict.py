@@ -41,7 +41,15 @@ class Line:
         }
 
 
-def judge(target: Target, *, file_size: Figure, memory: Figure, decode: Figure, loss_rise: Figure) -> list[Line]:
+def judge(
+    target: Target,
+    *,
+    file_size: Figure,
+    memory: Figure,
+    decode: Figure,
+    loss_rise: Figure,
+    memory_name: str = "peak memory",
+) -> list[Line]:
     """The target's four lines.
 
     Sizes and speed are judged by what was measured; the loss, an estimate, by the upper end of its interval, so that
@@ -50,7 +58,7 @@ def judge(target: Target, *, file_size: Figure, memory: Figure, decode: Figure, 
     upper = loss_rise["high"] if "high" in loss_rise else loss_rise["value"]
     return [
         _at_most("file size", target.file_size, file_size, file_size["value"]),
-        _at_most("peak memory", target.memory, memory, memory["value"]),
+        _at_most(memory_name, target.memory, memory, memory["value"]),
         _at_least("decoding", target.speed, decode, decode["value"]),
         _at_most("held-out loss, rise", target.quality_loss, loss_rise, upper),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor
 from danlu.artifact import sync, write_json
 from danlu.console import warn
 from danlu.errors import DanluError
+from danlu.model import compressed
 from danlu.model.config import AnyConfig
 from danlu.model.families.family import Family
 from danlu.model.families.known import family_for, family_of
@@ -40,7 +41,7 @@ SHARD = 5_000_000_000  # bytes, the size at which Hugging Face splits
 def read_directory_config(path: Path) -> tuple[Family, AnyConfig]:
     """The family and configuration of a Hugging Face directory."""
     file = path / "config.json"
-    hf = read_json(file)
+    hf = compressed.plain_config(read_json(file), file)
     family = family_of(hf, file)
     return family, family.config(hf, file)
 
@@ -80,18 +81,17 @@ def stored_weights(path: Path, family: Family, config: AnyConfig) -> Weights:
     """
     pieces: dict[str, dict[int | None, _Piece]] = {}
     left: list[str] = []
-    for file in weight_files(path):
-        for name, tensor in _header(file).items():
-            found = _ours(family, name)
-            if found and tensor.dtype not in DTYPES:
-                what = f"{name} is stored as {tensor.dtype}, which is not supported"
-                raise DanluError(what, where=file, fix=f"use a checkpoint in one of {', '.join(DTYPES)}")
-            for ours in found:
-                pieces.setdefault(ours.ours, {})[ours.expert] = _Piece(name, file, tensor, ours.place)
-            if not found and name.startswith(family.others):
-                left.append(name)
-            elif not found and not name.endswith(family.unread):
-                raise DanluError(f"the tensor {name} is not known", where=file)
+    for name, tensor in _tensors(path).items():
+        found = _ours(family, name)
+        if found and tensor.dtype not in DTYPES and tensor.products is None:
+            what = f"{name} is stored as {tensor.dtype}, which is not supported"
+            raise DanluError(what, where=tensor.file, fix=f"use a checkpoint in one of {', '.join(DTYPES)}")
+        for ours in found:
+            pieces.setdefault(ours.ours, {})[ours.expert] = _Piece(name, tensor, ours.place)
+        if not found and name.startswith(family.others):
+            left.append(name)
+        elif not found and not name.endswith(family.unread):
+            raise DanluError(f"the tensor {name} is not known", where=tensor.file)
     if left:
         warn(f"{path}: left out, since {family.architecture} has no such head: {', '.join(sorted(left))}")
     weights = {ours: _stored(parts) for ours, parts in pieces.items()}
@@ -112,11 +112,58 @@ def _ours(family: Family, name: str) -> list[Found]:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor in a safetensors file: its shape, its dtype by safetensors' name, and where its bytes begin."""
+    """A tensor in a safetensors file.
 
+    Attributes:
+        file, start: where its bytes begin.
+        shape: outermost dimension first.
+        dtype: by safetensors' name.
+        products: makes its numbers, fp32, where they do not lie there as such (see `danlu.model.compressed`).
+    """
+
+    file: Path
     shape: tuple[int, ...]
     dtype: str
     start: int
+    products: Callable[[], Tensor] | None = None
+
+    def load(self, name: str) -> Tensor:
+        """The tensor as it is stored. Args: name: it has in its file."""
+        with safe_open(self.file, framework="pt") as opened:
+            return opened.get_tensor(name)
+
+
+def tensor_names(path: Path) -> list[str]:
+    """Names of all tensors in a directory's files, as they are stored."""
+    return [name for file in weight_files(path) for name in _header(file)]
+
+
+def _tensors(path: Path) -> dict[str, _Tensor]:
+    """Every tensor of a directory by its name; what a matrix of few bits is stored as counts as the matrix."""
+    found = {name: tensor for file in weight_files(path) for name, tensor in _header(file).items()}
+    for scale in [name for name in found if name.endswith(compressed.SCALE)]:
+        stem = scale.removesuffix(compressed.SCALE)
+        packed, shape = stem + compressed.PACKED, stem + compressed.SHAPE
+        steps = found.pop(scale)
+        if packed in found and shape in found:
+            codes, columns = (packed, found.pop(packed)), int(found.pop(shape).load(shape)[-1])
+        elif f"{stem}.weight" in found:
+            codes = f"{stem}.weight", found.pop(f"{stem}.weight")
+            columns = codes[1].shape[-1]
+        else:
+            raise DanluError(f"{scale} belongs to no matrix", where=steps.file, fix="the file is incomplete")
+        make = partial(_products, codes, (scale, steps), columns)
+        stored = codes[1]
+        found[f"{stem}.weight"] = _Tensor(stored.file, (stored.shape[0], columns), stored.dtype, stored.start, make)
+    return found
+
+
+def _products(codes: tuple[str, _Tensor], steps: tuple[str, _Tensor], columns: int) -> Tensor:
+    """A matrix of few bits, fp32, of what is stored by name."""
+    try:
+        return compressed.products(codes[1].load(codes[0]), steps[1].load(steps[0]), columns)
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        raise DanluError(f"{codes[0]} cannot be read: {error}", where=codes[1].file) from None
 
 
 @dataclass(frozen=True)
@@ -124,9 +171,13 @@ class _Piece:
     """A tensor in a file and how our weight, or one expert's, lies in it."""
 
     name: str
-    file: Path
     tensor: _Tensor
     place: Place
+
+    @property
+    def file(self) -> Path:
+        """Where the tensor lies."""
+        return self.tensor.file
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -135,6 +186,10 @@ class _Piece:
 
     def read(self, dtype: torch.dtype) -> Tensor:
         """In new memory; read part by part, so that there never is a second copy of it."""
+        if self.tensor.products is not None:
+            whole = self.tensor.products()
+            parts = (whole.T if self.place.transposed else whole).chunk(self.place.parts)
+            return parts[self.place.part].to(dtype).clone()
         made = torch.empty(self.shape, dtype=dtype)
         if self.place.transposed and made.dim() == 2:
             rows, width = self.tensor.shape
@@ -242,7 +297,7 @@ def _header(file: Path) -> dict[str, _Tensor]:
     except (SafetensorError, OSError, ValueError) as error:
         raise DanluError(f"is damaged or cut short: {error}", where=file, fix="download or save it again") from None
     return {
-        name: _Tensor(tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0])
+        name: _Tensor(file, tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0])
         for name, entry in listed.items()
         if name != "__metadata__"
     }

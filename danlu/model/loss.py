@@ -200,7 +200,14 @@ class Taught:
 
 
 def distillation_gradient(
-    logits: Tensor, taught: Tensor, targets: Tensor, temperature: float, alpha: float, smoothing: float, z: float
+    logits: Tensor,
+    taught: Tensor,
+    targets: Tensor,
+    temperature: float,
+    alpha: float,
+    smoothing: float,
+    z: float,
+    reverse: bool = False,
 ) -> Tensor:
     """The loss of each row in nat, fp32 [N]; `logits`, [N, vocab], are overwritten by its gradient.
 
@@ -211,14 +218,21 @@ def distillation_gradient(
         targets, smoothing, z: of the hard loss; see `softmax_gradient`.
         temperature: T.
         alpha: the teacher's share.
+        reverse: the divergence is taken from the pupil's side, KL(softmax(logits / T) || softmax(taught / T)).
     """
     rows = max(1, PART_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
     losses = []
     for part, wanted, chosen in zip(logits.split(rows), taught.split(rows), targets.split(rows), strict=True):
         known = torch.log_softmax(wanted.float() / temperature, -1)
         said = torch.log_softmax(part.float() / temperature, -1)
-        soft = (known.exp() * (known - said)).sum(-1) * temperature**2
-        to_soft = said.exp_().sub_(known.exp_()).mul_(alpha * temperature)
+        if reverse:
+            apart, chances = said - known, said.exp_()
+            soft = (chances * apart).sum(-1)
+            to_soft = chances.mul_(apart.sub_(soft[:, None])).mul_(alpha * temperature)
+            soft *= temperature**2
+        else:
+            soft = (known.exp() * (known - said)).sum(-1) * temperature**2
+            to_soft = said.exp_().sub_(known.exp_()).mul_(alpha * temperature)
         hard = softmax_gradient(part, chosen, smoothing, z)
         part.mul_(1 - alpha).add_(to_soft)
         losses.append(alpha * soft + (1 - alpha) * hard)
@@ -237,6 +251,7 @@ def linear_distillation(
     smoothing: float = 0.0,
     z: float = 0.0,
     weights: Tensor | None = None,
+    reverse: bool = False,
 ) -> Tensor:
     """The sum of `distillation_gradient`'s losses over trained tokens, a float64 scalar.
 
@@ -248,7 +263,7 @@ def linear_distillation(
 
     def to_gradient(logits: Tensor, rows: slice) -> Tensor:
         taught = torch.nn.functional.linear(known[rows], teacher.weight, teacher.bias)
-        return distillation_gradient(logits, taught, chosen[rows], temperature, alpha, smoothing, z)
+        return distillation_gradient(logits, taught, chosen[rows], temperature, alpha, smoothing, z, reverse)
 
     turned = _weighted(to_gradient, weights, trained)
     return _LinearLoss.apply(hidden[trained], weight, bias, turned, len(weight))

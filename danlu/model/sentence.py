@@ -68,7 +68,7 @@ class SentenceEncoder:
         settings = path / "sentence_bert_config.json"
         stated = read_json(settings).get("max_seq_length") if settings.is_file() else None
         longest = min(stated or stored.config.context, stored.config.context)
-        return cls(model.eval(), Tokenizer.load(path), _read_head(path), longest)
+        return cls(model.eval(), Tokenizer.load(path), read_head(path), longest)
 
     @torch.inference_mode()
     def encode(self, texts: list[str], *, batch: int = 32, truncate: bool = False) -> Tensor:
@@ -106,7 +106,7 @@ class SentenceEncoder:
         return F.normalize(vectors, dim=-1) if self.head.normalised else vectors
 
 
-def _read_head(path: Path) -> Head:
+def read_head(path: Path) -> Head:
     """The pool and the scaling that modules.json asks for."""
     if not (path / "modules.json").is_file():
         return Head("embedding", pool="mean")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -71,8 +71,7 @@ class Writer:
 
         Args: lengths: int64 [rows], the tokens of each row that are no padding; None for all.
         """
-        thin = tokens.shape[1] == 1 and len(tokens) <= THIN and tokens.device.type == "cpu"
-        with _at_rest(self._model), _thin_products() if thin else nullcontext():
+        with _at_rest(self._model), thin_products(tokens.numel(), tokens.device):
             hidden = self._hidden(tokens)
             if lengths is None:
                 return self._model.logits(hidden[:, -1])
@@ -123,11 +122,12 @@ def _padded(rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Te
 
 
 @contextmanager
-def _thin_products() -> Iterator[None]:
-    """Products of one or two rows read each weight once and are as fast as that: torch's own loops then read twice as
-    fast as oneDNN, which first brings the weight into another order."""
+def thin_products(rows: int, device: torch.device) -> Iterator[None]:
+    """Products of one or two rows read each weight once and are as fast as that: on a CPU torch's own loops then read
+    twice as fast as oneDNN, which first brings the weight into another order."""
     before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    if rows <= THIN and device.type == "cpu":
+        torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     try:
         yield
     finally:

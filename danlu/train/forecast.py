@@ -136,6 +136,7 @@ def uncounted(recipe: TrainRecipe) -> tuple[str, ...]:
     set_besides = {
         "apart": recipe.apart is not None,
         "objective.teacher": recipe.objective.teacher is not None, "batch.growing": bool(recipe.batch.growing),
+        "objective.exits": bool(recipe.objective.exits), "objective.elastic": recipe.objective.elastic is not None,
         "the time of optimizer.name=muon": recipe.optimizer.name == "muon",
         "optimizer.frozen": bool(recipe.optimizer.frozen),
         "plan.overlap": recipe.plan is not None and recipe.plan.overlap,

@@ -84,9 +84,17 @@ class Words(StackObjective):
     z: float = 0.0
 
     def hidden(
-        self, model: Model, batch: Batch | PairBatch, x: Tensor | None = None, routes: list[Routing] | None = None
+        self,
+        model: Model,
+        batch: Batch | PairBatch,
+        x: Tensor | None = None,
+        routes: list[Routing] | None = None,
+        states: list[Tensor] | None = None,
     ) -> Tensor:
-        """[B, T, width], of what is written where an encoder reads and a decoder writes."""
+        """[B, T, width], of what is written where an encoder reads and a decoder writes.
+
+        Args: states: where a model of one stack notes its stream before the first and after each block.
+        """
         first = batch.tokens if x is None else x
         if isinstance(batch, PairBatch):
             if not isinstance(model, EncoderDecoder):
@@ -96,7 +104,7 @@ class Words(StackObjective):
             )
         if not isinstance(model, Decoder | Encoder):
             raise DanluError("rows of one side need a model of one stack", fix="take a decoder or an encoder")
-        return model(first, positions=batch.positions, segments=batch.segments, routes=routes)
+        return model(first, positions=batch.positions, segments=batch.segments, routes=routes, hidden=states)
 
     def score(self, model: Model, hidden: Tensor, batch: Batch | PairBatch) -> Tensor:
         """In nat."""

@@ -61,6 +61,15 @@ class ModelSettings(Settings):
         return self
 
 
+class ElasticSettings(Settings):
+    """Which parts of a model are models, too; sizes of each kind besides the model's own."""
+
+    layers: tuple[int, ...] = Field((), description="blocks, evenly spread over the model's")
+    heads: tuple[int, ...] = Field((), description="query heads of every layer, the first ones")
+    channels: tuple[int, ...] = Field((), description="inner features of every feed-forward, the first ones")
+    width: tuple[int, ...] = Field((), description="features of the stream, the first ones")
+
+
 class ObjectiveSettings(Settings):
     """What is minimised."""
 
@@ -93,11 +102,38 @@ class ObjectiveSettings(Settings):
         " contrastive what cosines are divided by, by default 0.05",
     )
     share: Share = Field(0.5, ge=0, le=1, description="of the loss, the teacher's")
+    divergence: Literal["forward", "reverse"] = Field(
+        "forward",
+        description="from the teacher's words: forward, all that it thinks possible is learned; reverse, what it thinks"
+        " unlikely is unlearned (arXiv:2306.08543)",
+    )
+    states: float = Field(
+        0.0,
+        ge=0,
+        description="weight of the difference from the teacher's hidden states, layer by layer, over a learned"
+        " projection where widths differ (arXiv:1909.10351)",
+    )
+    own: Share = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of every row, its end, that the model writes itself for the teacher to judge"
+        " (arXiv:2306.13649)",
+    )
+    exits: tuple[int, ...] = Field(
+        (),
+        description="numbers of blocks behind which the model's own norm and head learn to answer as at the end"
+        " (arXiv:2404.16710)",
+    )
+    elastic: ElasticSettings | None = Field(
+        None, description="parts of the model learn what the whole says, to be models by themselves (arXiv:1908.09791)"
+    )
     symmetric: bool = Field(False, description="second texts must find their first ones, too (contrastive)")
 
     @model_validator(mode="after")
     def _only_what_has_an_effect(self) -> ObjectiveSettings:
         labels, words = ("classification", "token_classification"), (*TEXT_KINDS, "sequence_to_sequence")
+        one_stack = ("next_token", "masked_tokens")
         kinds: dict[str, tuple[str, ...]] = {
             "smoothing": (*words, *labels),
             "z": (*words, *labels),
@@ -107,14 +143,25 @@ class ObjectiveSettings(Settings):
             "teacher": (*words, *labels),
             "temperature": ("contrastive",) if self.teacher is None else (*words, *labels),
             "share": () if self.teacher is None else (*words, *labels),
+            "divergence": () if self.teacher is None else words,
+            "states": () if self.teacher is None else one_stack,
+            "own": () if self.teacher is None else ("next_token",),
+            "exits": one_stack,
+            "elastic": one_stack,
             "symmetric": ("contrastive",),
         }
         for name, having in kinds.items():
             if getattr(self, name) != type(self).model_fields[name].default and self.kind not in having:
-                lacking = " without a teacher" if name in ("temperature", "share") and self.teacher is None else ""
+                taught = name in ("temperature", "share", "divergence", "states", "own")
+                lacking = " without a teacher" if taught and self.teacher is None else ""
                 raise ValueError(f"{name} has no effect where kind is {self.kind}{lacking}")
         if any(not 0 < weight < float("inf") for weight in self.weights.values()):
             raise ValueError("weights of labels are numbers above 0")
+        inner = (self.teacher is not None, bool(self.exits), self.elastic is not None)
+        if sum(inner) > 1:
+            raise ValueError("exits and parts learn from the model itself: name one of teacher, exits and elastic")
+        if any(number < 1 for number in self.exits) or len(set(self.exits)) < len(self.exits):
+            raise ValueError("exits are numbers of blocks, counted from 1, each named once")
         return self
 
 
@@ -241,6 +288,8 @@ class TrainRecipe(Settings):
         if (rows is None) != (kind in TEXT_KINDS):
             wanted = "sources of text" if kind in TEXT_KINDS else "rows: train, heldout and their format"
             raise ValueError(f"objective.kind {kind} learns from {wanted}, which data does not name")
+        if self.objective.own and not (rows is None and self.batch.cross_documents):
+            raise ValueError("objective.own continues rows of text as one; leave batch.cross_documents on")
         if rows is None:
             if self.batch.alike != 1:
                 raise ValueError("batch.alike is for rows; the windows of text are all of one length")

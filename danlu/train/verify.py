@@ -155,6 +155,8 @@ def _one_stack(recipe: TrainRecipe, config: AnyConfig | None) -> ModelConfig:
     besides = {
         recipe.objective.kind: recipe.objective.kind not in TEXT_KINDS or not isinstance(config, ModelConfig),
         "a teacher": recipe.objective.teacher is not None,
+        "early exits": bool(recipe.objective.exits),
+        "parts that learn": recipe.objective.elastic is not None,
         "offload": recipe.offload != OffloadSettings(),
         "an average of the weights": recipe.optimizer.ema is not None,
         "workers apart": recipe.apart is not None,

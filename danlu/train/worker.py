@@ -47,6 +47,7 @@ from danlu.train.schedule import Schedule
 from danlu.train.state import CHECKPOINTS, Checkpoints
 from danlu.train.tasks.shape import model_config, take_over
 from danlu.train.tasks.task import Task, make_task
+from danlu.train.tasks.teacher import add_projections
 from danlu.train.weights import masters_and_copies, start_weights
 
 DECISIONS = "decisions.json"
@@ -177,6 +178,7 @@ def _why_eager(settings: TrainRecipe, plan: Plan, model: Model) -> str | None:
         == "selective",
         "weights lie in files": settings.offload.state == "parameters",
         "each layer drops another share of the rows": settings.drop_path > 0,
+        "the model writes part of its rows itself, token by token": settings.objective.own > 0,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
@@ -277,6 +279,7 @@ def make_run(
 def load_model(settings: TrainRecipe, config: AnyConfig) -> tuple[Model, dict[str, Make]]:
     """The model without memory, and what makes each weight that it starts from, fp32, by its name."""
     model = without_memory(config)
+    add_projections(model, settings.objective)
     makers = starts(model, settings.model.start, settings.seed)
     if settings.model.base is not None:
         makers |= take_over(model, StoredModel.open(settings.model.base))

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from danlu.compress.compensate import Inputs
+from danlu.compress.compensate import CAUTION, Inputs
 from danlu.compress.formats.grid import nearest
 from danlu.compress.formats.known import FORMATS, Format, fitting, format_of
+from danlu.compress.qat import LearnedMatrix
 from danlu.compress.rounding import Rounded, round_compensated, round_plainly
 from danlu.errors import DanluError
 
@@ -84,6 +85,48 @@ def test_making_up_for_errors_keeps_outputs_nearer(name: str) -> None:
     form, products = FORMATS[name], Inputs(inputs.T @ inputs)
     assert lost(round_compensated(weight, form, products)) < 0.75 * lost(round_plainly(weight, form))
     assert lost(round_plainly(weight, form, products.importance)) < lost(round_plainly(weight, form))
+
+
+def test_a_layer_makes_up_for_what_those_before_it_lost() -> None:
+    """Of all matrices, the one aimed at gives from changed inputs what comes nearest to the original's outputs."""
+    generator = torch.Generator().manual_seed(4)
+    before = torch.randn(2048, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
+    after = before + 0.5 * torch.randn(before.shape, generator=generator) @ torch.rand(64, 64, generator=generator)
+    weight = weights(32, 64)
+    inputs = Inputs(after.T @ after, (before - after).T @ after)
+    drift, products = (before - after).T @ after, after.T @ after
+    damped = products + CAUTION * products.diagonal().mean() * torch.eye(64)
+    assert torch.allclose(inputs.aim(weight), weight + weight @ drift @ damped.inverse(), atol=1e-3)
+
+    def lost(found: torch.Tensor) -> float:
+        return float((found @ after.T - weight @ before.T).square().sum())
+
+    best = torch.linalg.lstsq(after, before @ weight.T).solution.T
+    assert lost(best) < lost(inputs.aim(weight)) < 0.8 * lost(weight)
+    form = FORMATS["q5_0"]
+    unaimed = round_compensated(weight, form, Inputs(products))
+    assert lost(round_compensated(weight, form, inputs).values) < 0.8 * lost(unaimed.values)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_tuned_matrix_starts_where_it_was_and_ends_as_a_reader_gets_it(name: str) -> None:
+    form, weight = FORMATS[name], weights(8, 512)
+    rounded = round_plainly(weight, form)
+    tuned = LearnedMatrix(form, rounded.grids, rounded.values)
+    assert torch.equal(tuned.values(), rounded.values) and torch.equal(tuned.rounded().packed, rounded.packed)
+    inputs = torch.randn(2048, 512, generator=torch.Generator().manual_seed(5)) * torch.logspace(0, -1, 512)
+    products = inputs.T @ inputs
+
+    def lost(found: torch.Tensor) -> float:
+        return float(((found - 1.02 * weight) @ products * (found - 1.02 * weight)).sum())
+
+    before = lost(tuned.values())
+    for step in range(40):
+        tuned.learn((tuned.values() - 1.02 * weight) @ products, 2.5e-3 * (1 - step / 40))
+    assert lost(tuned.values()) < before
+    ended = tuned.rounded()
+    assert same_as_read(ended, form)
+    assert (ended.values - tuned.values()).norm() < 2e-3 * weight.norm(), "the same but for what fp16 cannot hold"
 
 
 def test_inputs_that_never_were_do_not_break_it() -> None:

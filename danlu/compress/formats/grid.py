@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -38,9 +39,28 @@ class Grid:
         made = step * self.levels[codes.int()]
         return made if low is None else made - low
 
+    @staticmethod
+    def joined(grids: Sequence[Grid]) -> Grid:
+        """One grid of all rows of several of one format."""
+        first = grids[0]
+        low = None if first.low is None else torch.cat([grid.low for grid in grids if grid.low is not None])
+        stored = {name: torch.cat([grid.stored[name] for grid in grids]) for name in first.stored}
+        return Grid(first.levels, first.part, torch.cat([grid.step for grid in grids]), low, stored)
+
     def _columns(self, start: int, count: int) -> tuple[Tensor, Tensor | None]:
         parts = torch.arange(start, start + count, device=self.step.device) // self.part
         return self.step[:, parts], None if self.low is None else self.low[:, parts]
+
+
+class Form(Protocol):
+    """What numbers are rounded to, `block` columns at a time, whose grid is fitted first."""
+
+    @property
+    def block(self) -> int: ...
+
+    def fit(self, x: Tensor, weight: Tensor) -> Grid: ...
+
+    def pack(self, codes: Tensor, grid: Grid) -> Tensor: ...
 
 
 def nearest(x: Tensor, step: Tensor, levels: Tensor) -> Tensor:

