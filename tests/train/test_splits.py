@@ -112,7 +112,7 @@ def alone(kind: str) -> list[tuple[float, float]]:
     return curve(kind, "data=1")
 
 
-LONG = [("dense", "tensor=2,context=2,data=2")]  # the mixture under it stays
+LONG = [(kind, "tensor=2,context=2,data=2") for kind in ("dense", "mixture")]  # each of the three stays, with others
 
 
 @pytest.mark.parametrize(
