@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from common import arguments, emit
 
-from danlu.compress.formats.known import fitting, format_of
+from danlu.compress.quantizing.formats.known import fitting, format_of
 from danlu.device.clock import probe_device
 from danlu.device.engine import Engine
 from danlu.device.profile import DeviceProfile

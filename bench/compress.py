@@ -30,8 +30,8 @@ from typing import Any
 import torch
 from common import arguments, emit
 
-from danlu.compress.quantize import check_type
-from danlu.compress.quantizer import calibration_rows
+from danlu.compress.presets.quantize import check_type
+from danlu.compress.quantizing.quantizer import calibration_rows
 from danlu.compress.walk import Walk
 from danlu.console import say, table
 from danlu.data.python_docs import modules

@@ -77,15 +77,15 @@ def train_base(text: Path, steps: int, out: Path) -> Path:
 
 def tuning(text: Path, steps: int) -> Any:
     """The same for all parts."""
-    from danlu.compress.tuning import Tuning
+    from danlu.compress.learning.tuning import Tuning
 
     return Tuning((str(text.resolve()),), steps, 12, 64, 2e-3, heldout=0.1, heldout_from="end")
 
 
 def distill_part(base: Path, text: Path, steps: int, out: Path) -> dict[str, Any]:
     """Held-out loss of half the layers after the same steps, by what is learned from the teacher."""
-    from danlu.compress.distill import Teaching, distill
-    from danlu.compress.supernet import save_part
+    from danlu.compress.learning.distill import Teaching, distill
+    from danlu.compress.learning.supernet import save_part
     from danlu.model.checkpoint import Checkpoint
 
     whole = Checkpoint.open(base)
@@ -109,7 +109,7 @@ def distill_part(base: Path, text: Path, steps: int, out: Path) -> dict[str, Any
 
 def exits_part(base: Path, text: Path, steps: int, out: Path) -> dict[str, Any]:
     """The settings of guessing, the fastest first."""
-    from danlu.compress.exits import print_exits, tune_exits
+    from danlu.compress.learning.exits import print_exits, tune_exits
     from danlu.model.checkpoint import Checkpoint
 
     made = tune_exits(Checkpoint.open(base), (2, 3), tuning(text, steps), out / "exits")
@@ -119,8 +119,8 @@ def exits_part(base: Path, text: Path, steps: int, out: Path) -> dict[str, Any]:
 
 def shape_part(base: Path, text: Path, steps: int, out: Path) -> dict[str, Any]:
     """The finalists, and whether teaching changed their order."""
-    from danlu.compress.shapes import Device, find_shape, print_found
-    from danlu.compress.supernet import part_bytes
+    from danlu.compress.learning.shapes import Device, find_shape, print_found
+    from danlu.compress.learning.supernet import part_bytes
     from danlu.model.checkpoint import Checkpoint
     from danlu.train.recipe import ElasticSettings
 
@@ -135,7 +135,7 @@ def shape_part(base: Path, text: Path, steps: int, out: Path) -> dict[str, Any]:
 
 def engine_part(out: Path) -> dict[str, Any]:
     """Costs of steps beside one token's, and token/s with guesses by those without, medians over rounds."""
-    from danlu.compress.quantize import export
+    from danlu.compress.presets.quantize import export
     from danlu.device.engine import Engine
     from danlu.device.speculation import Costs, Lookup, Tally, speculate
     from danlu.model.checkpoint import Checkpoint

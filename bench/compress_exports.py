@@ -22,8 +22,8 @@ from common import arguments, emit
 from danlu.compress.exports.compressed_tensors import SCHEMES
 from danlu.compress.exports.export import TYPES, Request, export_model
 from danlu.compress.exports.quality import cosine
-from danlu.compress.torch_types import TYPES as TORCH_TYPES
-from danlu.compress.torch_types import measure
+from danlu.compress.quantizing.torch_types import TYPES as TORCH_TYPES
+from danlu.compress.quantizing.torch_types import measure
 from danlu.console import table
 from danlu.model.checkpoint import Checkpoint, find_checkpoint
 

@@ -33,16 +33,16 @@ from common import arguments, emit
 from compress import python_documents, split
 
 from danlu.artifact import write_json
-from danlu.compress import lowrank
-from danlu.compress.convolutions import Way, convolution_numbers, decompose
-from danlu.compress.distill import Teaching, distill
-from danlu.compress.lowrank import lower_rank, spectrum
+from danlu.compress.learning.distill import Teaching, distill
+from danlu.compress.learning.tuning import Tuning, tune
+from danlu.compress.low_rank import matrices
+from danlu.compress.low_rank.convolutions import Way, convolution_numbers, decompose
+from danlu.compress.low_rank.matrices import lower_rank, spectrum
+from danlu.compress.presets.quantize import export
+from danlu.compress.pruning.sparse import Sparsity, prune_weights
+from danlu.compress.pruning.structured import Shape, shrink
+from danlu.compress.pruning.vocabulary import prune_vocabulary
 from danlu.compress.quality import PIECE, loss_change
-from danlu.compress.quantize import export
-from danlu.compress.sparse import Sparsity, prune_weights
-from danlu.compress.structured import Shape, shrink
-from danlu.compress.tuning import Tuning, tune
-from danlu.compress.vocabulary import prune_vocabulary
 from danlu.console import say, table
 from danlu.device.measure import Request, measure
 from danlu.model.checkpoint import Checkpoint
@@ -181,13 +181,13 @@ def vocabulary(bench: Bench) -> dict[str, Any]:
 
 def low_rank(bench: Bench) -> dict[str, Any]:
     """Losses by share and way."""
-    real = lowrank.spectrum
+    real = matrices.spectrum
 
     def one(share: float, plain: bool) -> dict[str, Any]:
         out = bench.work / "thin"
-        lowrank.spectrum = (lambda w, products: spectrum(w, torch.eye(len(products)))) if plain else real
+        matrices.spectrum = (lambda w, products: spectrum(w, torch.eye(len(products)))) if plain else real
         figures = lower_rank(bench.model, share, bench.calibration, out, bench.tokens, torch.bfloat16).figures
-        lowrank.spectrum = real
+        matrices.spectrum = real
         return {name: about for name, about in figures.items() if name != "ranks"} | bench.loss(out)
 
     ways = [(share, plain) for share in (0.8,) for plain in (True, False)]

@@ -50,7 +50,7 @@ def check_room(root: Path, config: ModelConfig, recipe: Recipe, stages: Sequence
 
 def check_target(file: RecipeFile, config: ModelConfig) -> None:
     """Raise DanluError, naming the recipe's line, for a target that no type to be tried can meet."""
-    from danlu.compress.possible import check_target as check
+    from danlu.compress.presets.possible import check_target as check
 
     try:
         check(file.recipe.compress, file.recipe.target, config)

@@ -23,7 +23,7 @@ TEMPLATE = "frontier_page.html.j2"
 
 
 def write_page(out: Path, found: Mapping[str, Any], name: str) -> None:
-    """Write what `danlu.compress.search.search` has found; without matplotlib there is none, and that is said.
+    """Write what `danlu compress` has found; without matplotlib there is none, and that is said.
 
     Args:
         out: the file.

@@ -271,12 +271,12 @@ def _compress(run: Run) -> Step:
     settings, target, data = run.file.recipe.compress, run.file.recipe.target, run.made["data"]
 
     def fill(out: Path) -> Figures:
-        from danlu.compress.stage import compress
+        from danlu.compress.presets.stage import compress
 
         return compress(settings, target, run.tuned, data.path, out)
 
     inputs = {"machine": machine(), **digests_read("compress", run.made)}
-    return Step({**settings.plain(), "target": target.plain()}, inputs, "compress/stage", fill)
+    return Step({**settings.plain(), "target": target.plain()}, inputs, "compress/presets/stage", fill)
 
 
 def _certify(run: Run) -> Step:

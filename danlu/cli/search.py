@@ -46,10 +46,10 @@ def compress_search(
 
     Example:  danlu compress runs/helper --memory 150MB --loss 1% --calibration a.txt --heldout b.txt --out small
     """
-    from danlu.compress.frontier import print_frontier
-    from danlu.compress.quantizer import read_text
-    from danlu.compress.search import Asked, search
-    from danlu.compress.wishes import read_settings, read_target
+    from danlu.compress.quantizing.quantizer import read_text
+    from danlu.compress.searching.frontier import print_frontier
+    from danlu.compress.searching.search import Asked, search
+    from danlu.compress.searching.wishes import read_settings, read_target
     from danlu.device.certify import missed
     from danlu.device.profile import DeviceProfile
     from danlu.device.proof import in_words

@@ -255,7 +255,7 @@ def export(
         _export_gguf(ref, type_, out, as_json)
         return
     from danlu.compress.exports.export import Request, export_model
-    from danlu.compress.quantizer import read_text
+    from danlu.compress.quantizing.quantizer import read_text
 
     texts = [None if file is None else read_text(file) for file in (calibration, heldout)]
     made = export_model(Request(tuned(ref), to, type_, out, texts[0], texts[1], tokens))
@@ -266,7 +266,7 @@ def export(
 
 
 def _export_gguf(ref: str, file_type: str | None, out: Path, as_json: bool) -> None:
-    from danlu.compress.quantize import export as write
+    from danlu.compress.presets.quantize import export as write
     from danlu.model.checkpoint import Checkpoint
 
     if file_type is None:

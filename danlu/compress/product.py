@@ -142,7 +142,7 @@ class Making:
 
     Attributes:
         kind: of product, on its card.
-        module: of danlu that makes it, as in "compress/sparse".
+        module: of danlu that makes it, as in "compress/pruning/sparse".
         settings: what was asked for.
         checkpoint: what it starts from.
         started: time.monotonic() when the work began.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from danlu.artifact import CARD, Figures, write_json
 from danlu.compress.apart import check_apart
 from danlu.compress.product import Product
-from danlu.compress.quantizer import read_text
+from danlu.compress.quantizing.quantizer import read_text
 from danlu.console import progress
 from danlu.errors import DanluError
 from danlu.evaluate.bootstrap import interval, paired_change

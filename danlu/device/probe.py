@@ -40,7 +40,7 @@ EXTRAS = {
     "cluster": ("ray",),
     "float8": ("torchao",),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
-    "openvino": ("openvino",),
+    "openvino": ("onnx", "onnxscript", "onnxruntime", "openvino"),
     "executorch": ("executorch",),
     "few-bits": ("transformers", "compressed_tensors"),
     "lowrank": ("tensorly",),

@@ -10,7 +10,7 @@ from pydoc_data import topics
 import torch
 
 from danlu.compress.product import Making, Shelf, Source
-from danlu.compress.vocabulary import prune_vocabulary
+from danlu.compress.pruning.vocabulary import prune_vocabulary
 from danlu.model.checkpoint import Checkpoint
 from danlu.model.transformer import Decoder
 

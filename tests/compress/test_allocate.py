@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from danlu.compress.allocate import Choices, excess, solve
-from danlu.compress.costs import slopes
+from danlu.compress.searching.allocate import Choices, excess, solve
+from danlu.compress.searching.costs import slopes
 
 
 def drawn(seed: int, matrices: int = 6, options: int = 4) -> Choices:

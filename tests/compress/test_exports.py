@@ -20,8 +20,8 @@ from danlu.compress.exports.compressed_tensors import scheme_of, write
 from danlu.compress.exports.export import Request, export_model
 from danlu.compress.exports.graph import graph_of
 from danlu.compress.exports.running import compare_run
-from danlu.compress.formats.grouped import FLOAT8, Grouped
-from danlu.compress.rounding import round_plainly
+from danlu.compress.quantizing.formats.grouped import FLOAT8, Grouped
+from danlu.compress.quantizing.rounding import round_plainly
 from danlu.errors import DanluError
 from danlu.model.checkpoint import Checkpoint, StoredModel, save_checkpoint
 from danlu.model.compressed import pack, unpack
@@ -217,7 +217,7 @@ def test_a_directory_is_run_by_its_engine(tiny_model: Path, tmp_path: Path, kind
 @pytest.mark.parametrize("kind", ["int8", "int4", "int8-inputs", "fp8"])
 def test_torch_computes_in_few_bits(model: Path, kind: str) -> None:
     pytest.importorskip("torchao", reason="the extra danlu[float8] is not installed")
-    from danlu.compress.torch_types import measure
+    from danlu.compress.quantizing.torch_types import measure
 
     figures = measure(Checkpoint.open(model), kind, OTHER)  # type: ignore[arg-type]
     bounds = {"int8": (0.005, 2), "int8-inputs": (0.05, 2), "int4": (0.2, 2), "fp8": (0.05, 2)}

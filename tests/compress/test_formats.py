@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from danlu.compress.compensate import CAUTION, Inputs
-from danlu.compress.formats.grid import nearest
-from danlu.compress.formats.known import FORMATS, Format, fitting, format_of
-from danlu.compress.qat import LearnedMatrix
-from danlu.compress.rounding import Rounded, round_compensated, round_plainly
+from danlu.compress.quantizing.formats.grid import nearest
+from danlu.compress.quantizing.formats.known import FORMATS, Format, fitting, format_of
+from danlu.compress.quantizing.qat import LearnedMatrix
+from danlu.compress.quantizing.rounding import Rounded, round_compensated, round_plainly
 from danlu.errors import DanluError
 
 EVERY = sorted(FORMATS)

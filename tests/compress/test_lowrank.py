@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from danlu.compress import lowrank
 from danlu.compress.compensate import DAMPING
-from danlu.compress.convolutions import Way, convolution_numbers, decompose
-from danlu.compress.lowrank import Factored, allot, load_factored, lower_rank, numbers, spectrum
+from danlu.compress.low_rank import matrices
+from danlu.compress.low_rank.convolutions import Way, convolution_numbers, decompose
+from danlu.compress.low_rank.matrices import Factored, allot, load_factored, lower_rank, numbers, spectrum
 from danlu.errors import DanluError
 from danlu.model.checkpoint import Checkpoint
 from tests.compress.short import OTHER, TEXT, divergence
@@ -60,7 +60,7 @@ def test_a_real_model_is_nearer_than_by_a_plain_svd_and_comes_back(
     ids = torch.tensor([short.tokenizer.encode(OTHER, special=False)[:128]])
     with torch.inference_mode():
         assert torch.allclose(thin.logits(thin(ids)), (model := dense.load()).logits(model(ids)), atol=1e-3)
-    monkeypatch.setattr(lowrank, "spectrum", lambda weight, products: spectrum(weight, torch.eye(len(products))))
+    monkeypatch.setattr(matrices, "spectrum", lambda weight, products: spectrum(weight, torch.eye(len(products))))
     plain = Checkpoint.open(lower_rank(short, 0.6, TEXT, tmp_path / "plain", tokens=4096).path)
     assert divergence(short, dense) < 0.7 * divergence(short, plain)
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from danlu.compress.apart import check_apart, shared
-from danlu.compress.one_file import quantize_file
-from danlu.compress.quantizer import read_text
+from danlu.compress.quantizing.one_file import quantize_file
+from danlu.compress.quantizing.quantizer import read_text
 from danlu.errors import DanluError
 
 WHOLE = "\n\n".join(topics.topics[topic] for topic in sorted(topics.topics))

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("llama_cpp", reason="the extra danlu[device] is not installed")
 
-from danlu.compress.quantize import TYPES, Stored, check_type, export, quantize
+from danlu.compress.presets.quantize import TYPES, Stored, check_type, export, quantize
 from danlu.device.engine import Engine
 from danlu.errors import DanluError
 from danlu.model.checkpoint import Checkpoint

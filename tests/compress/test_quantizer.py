@@ -8,9 +8,10 @@ from pydoc_data import topics
 import pytest
 import torch
 
-from danlu.compress import beside, qat
-from danlu.compress.mixes import matrices, types_of
-from danlu.compress.quantizer import calibration_rows, quantize_model
+from danlu.compress import beside
+from danlu.compress.quantizing import qat
+from danlu.compress.quantizing.mixes import matrices, types_of
+from danlu.compress.quantizing.quantizer import calibration_rows, quantize_model
 from danlu.errors import DanluError
 from danlu.evaluate.divergence import divergence
 from danlu.model.checkpoint import Checkpoint

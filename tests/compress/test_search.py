@@ -13,14 +13,14 @@ import torch
 
 pytest.importorskip("llama_cpp", reason="the extra danlu[device] is not installed")
 
-from danlu.compress import search as searching
-from danlu.compress.frontier import print_frontier
-from danlu.compress.mixes import matrices
-from danlu.compress.quantizer import calibration_rows
-from danlu.compress.search import Asked, search
-from danlu.compress.search_settings import SearchSettings
-from danlu.compress.sensitivity import sensitivities
-from danlu.compress.wishes import read_target
+from danlu.compress.quantizing.mixes import matrices
+from danlu.compress.quantizing.quantizer import calibration_rows
+from danlu.compress.searching import search as searching
+from danlu.compress.searching.frontier import print_frontier
+from danlu.compress.searching.search import Asked, search
+from danlu.compress.searching.sensitivity import sensitivities
+from danlu.compress.searching.settings import SearchSettings
+from danlu.compress.searching.wishes import read_target
 from danlu.device.certify import missed
 from danlu.device.profile import CacheRate, DeviceProfile
 from danlu.device.proof import in_words

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from danlu.artifact import CARD
-from danlu.compress.shapes import Device, evolve, find_shape, kendall, read_size, sizes
-from danlu.compress.supernet import part_bytes, part_model, put_in_order, workload
-from danlu.compress.tuning import Tuning, row_losses
+from danlu.compress.learning.shapes import Device, evolve, find_shape, kendall, read_size, sizes
+from danlu.compress.learning.supernet import part_bytes, part_model, put_in_order, workload
+from danlu.compress.learning.tuning import Tuning, row_losses
 from danlu.data.stream import Batch
 from danlu.errors import DanluError
 from danlu.model.checkpoint import Checkpoint, StoredModel

@@ -12,10 +12,10 @@ import pytest
 pytest.importorskip("llama_cpp", reason="the extra danlu[device] is not installed")
 
 from danlu.artifact import figure
-from danlu.compress.possible import check_target
-from danlu.compress.quantize import Stored
-from danlu.compress.settings import CompressSettings
-from danlu.compress.stage import Candidate, choose, compress
+from danlu.compress.presets.possible import check_target
+from danlu.compress.presets.quantize import Stored
+from danlu.compress.presets.settings import CompressSettings
+from danlu.compress.presets.stage import Candidate, choose, compress
 from danlu.device.measure import Measurement, Request, measure
 from danlu.device.settings import Target
 from danlu.device.verdict import judge

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from danlu.artifact import CARD
-from danlu.compress.distill import Teaching, distill
-from danlu.compress.early_exit import Guessing, _Halves, write_early
-from danlu.compress.exits import GUESSES, TABLE, tune_exits
-from danlu.compress.tuning import RECIPE, Tuning
+from danlu.compress.learning.distill import Teaching, distill
+from danlu.compress.learning.early_exit import Guessing, _Halves, write_early
+from danlu.compress.learning.exits import GUESSES, TABLE, tune_exits
+from danlu.compress.learning.tuning import RECIPE, Tuning
 from danlu.errors import DanluError
 from danlu.model.checkpoint import Checkpoint, save_checkpoint
 from danlu.model.generate import generate

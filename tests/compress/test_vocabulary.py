@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from danlu.cli import app
+from danlu.compress.pruning.vocabulary import kept_ids, prune_vocabulary, reduced
 from danlu.compress.quality import loss_change
-from danlu.compress.vocabulary import kept_ids, prune_vocabulary, reduced
 from danlu.data.corpus_settings import VocabularySettings
 from danlu.data.vocabulary import learn_vocabulary
 from danlu.errors import DanluError

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from danlu.compress.search_settings import FAST
-from danlu.compress.wishes import read_settings, read_target
+from danlu.compress.searching.settings import FAST
+from danlu.compress.searching.wishes import read_settings, read_target
 from danlu.errors import DanluError
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from danlu.compress.settings import CompressSettings
+from danlu.compress.presets.settings import CompressSettings
 from danlu.device.settings import CertifySettings, Target
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "device.md").read_text(encoding="utf-8")

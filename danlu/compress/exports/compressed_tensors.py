@@ -17,7 +17,7 @@ from torch import Tensor
 
 from danlu.artifact import Figures, figure, sync, write_json
 from danlu.compress.exports.linear import WORDS, Few, draw_rows, round_layers
-from danlu.compress.formats.grouped import FLOAT8, Grouped
+from danlu.compress.quantizing.formats.grouped import FLOAT8, Grouped
 from danlu.console import progress, say
 from danlu.errors import DanluError, nearest
 from danlu.model.checkpoint import StoredModel

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from danlu.compress.beside import Beside
 from danlu.compress.compensate import Inputs
-from danlu.compress.formats.grouped import Grouped, Rows
-from danlu.compress.quantizer import FEWEST, calibration_rows
-from danlu.compress.rounding import Rounded, round_compensated, round_plainly
+from danlu.compress.quantizing.formats.grouped import Grouped, Rows
+from danlu.compress.quantizing.quantizer import FEWEST, calibration_rows
+from danlu.compress.quantizing.rounding import Rounded, round_compensated, round_plainly
 from danlu.compress.walk import Walk
 from danlu.errors import DanluError
 from danlu.model.checkpoint import Checkpoint, StoredModel

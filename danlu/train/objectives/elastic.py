@@ -2,7 +2,7 @@
 
 Each step trains the whole, the smallest part and one part by chance (the sandwich rule, arXiv:1903.05134); parts learn
 what the whole says (arXiv:1908.09791). A part is the first rows and columns of each weight, so what matters most should
-stand first (`danlu.compress.supernet`).
+stand first (`danlu.compress.learning.supernet`).
 """
 
 from __future__ import annotations

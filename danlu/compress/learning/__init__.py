@@ -1,0 +1,1 @@
+"""Learning again, or to answer early, or in many shapes: recipes of the one training loop."""

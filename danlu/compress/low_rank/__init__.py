@@ -1,0 +1,1 @@
+"""Matrices and convolutions as products of thinner ones."""

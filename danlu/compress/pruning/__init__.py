@@ -1,0 +1,1 @@
+"""Fewer weights: zeros, smaller shapes, fewer words."""

@@ -1,0 +1,1 @@
+"""Fewer bits a weight: GGML's formats, rounding to them, whole files."""

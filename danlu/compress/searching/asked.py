@@ -1,0 +1,105 @@
+"""What a search is given, and the texts that it is fitted to, compared on and certified on."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from danlu.artifact import canonical, hash_file
+from danlu.compress.apart import check_apart
+from danlu.compress.quantizing.quantizer import calibration_rows
+from danlu.compress.searching.settings import Preference, SearchSettings
+from danlu.device.engine import CACHES
+from danlu.device.measure import Document
+from danlu.device.profile import DeviceProfile
+from danlu.device.settings import Target
+from danlu.device.texts import documents_of
+from danlu.errors import DanluError
+from danlu.model.checkpoint import Checkpoint
+
+KEPT_APART = 0.15  # of the calibration text, its end: candidates are compared on it, and nothing is fitted to it
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a search is given.
+
+    Attributes:
+        checkpoint: the original.
+        target: what is asked. settings: how much is done for it.
+        calibration, heldout: texts.
+        task: a file of questions, or None.
+        profile: of another device, or None for this one.
+    """
+
+    checkpoint: Checkpoint
+    target: Target
+    settings: SearchSettings
+    calibration: str
+    heldout: str
+    task: Path | None
+    profile: DeviceProfile | None
+
+    @property
+    def digest(self) -> str:
+        """Of all that what is kept for going on depends on."""
+        parts = {
+            "model": self.checkpoint.digest,
+            "calibration": hashlib.sha256(self.calibration.encode()).hexdigest(),
+            "profile": self.profile and self.profile.plain(),
+            "settings": self.settings.model_dump(
+                mode="json",
+                include={"types", "context", "threads", "gradient_tokens", "calibration_tokens", "chosen_tokens"},
+            ),
+        }
+        return canonical_digest(parts)[:12]
+
+    @property
+    def context(self) -> int:
+        """Tokens that keys and values are held for."""
+        return min(self.settings.context, self.checkpoint.config.context)
+
+    @property
+    def prefer(self) -> Preference:
+        """What is bettered within the limits."""
+        limited = self.target.memory or self.target.speed or self.target.file_size
+        return self.settings.prefer or ("best" if limited else "smallest")
+
+
+def check(asked: Asked) -> None:
+    """What can be known to be wrong before any work."""
+    check_apart(asked.calibration, asked.heldout)
+    heldout_documents(asked)
+    calibration_rows(asked.checkpoint, parts(asked.calibration)[0], asked.settings.calibration_tokens)
+    unknown = [cache for cache in asked.settings.caches if cache not in CACHES]
+    if unknown:
+        raise DanluError(f"keys and values cannot be held as {unknown[0]}", fix=f"known: {', '.join(CACHES)}")
+
+
+def heldout_documents(asked: Asked) -> list[Document]:
+    """What the certificate is measured on."""
+    settings, tokenizer = asked.settings, asked.checkpoint.tokenizer
+    return documents_of(asked.heldout, tokenizer, settings.heldout_tokens, "--heldout", asked.context)
+
+
+def parts(calibration: str) -> tuple[str, str]:
+    """What rounding is fitted to, and what candidates are compared on."""
+    place = round(len(calibration) * (1 - KEPT_APART))
+    return calibration[:place], calibration[place:]
+
+
+def ingredients(asked: Asked) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings and inputs, by digest, of the card."""
+    texts = {"calibration": asked.calibration, "heldout": asked.heldout}
+    inputs = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+    inputs |= {} if asked.task is None else {"task": hash_file(asked.task)}
+    inputs |= {} if asked.profile is None else {"profile": canonical_digest(asked.profile.plain())}
+    settings = {"target": asked.target.plain(), "search": asked.settings.plain()}
+    return settings, {"model": asked.checkpoint.digest, **inputs}
+
+
+def canonical_digest(value: object) -> str:
+    """SHA-256 of JSON-ready values."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()

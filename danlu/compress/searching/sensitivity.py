@@ -1,0 +1,220 @@
+"""What rounding a matrix to a format will cost: the divergence from the original that it alone brings, to second order.
+
+With g the gradient at a layer's outputs of the loss on words that the model itself draws, the divergence of a change E
+of its weights is half the mean of (g^T E x)^2 (Fisher information, arXiv:1412.1193), taken apart into inputs and
+outputs (K-FAC, arXiv:1503.05671) with the outputs' part on its diagonal. What compensation leaves of a rounding error
+e of column c is e^2 / U_cc^2, where U is the factor that compensates (danlu/compress/compensate.py). Rows are drawn by
+how much they count, as few tell the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from danlu.compress.compensate import Inputs
+from danlu.compress.quantizing.formats.known import Format, fitting, format_of
+from danlu.compress.quantizing.mixes import matrices
+from danlu.compress.walk import Walk
+from danlu.console import progress
+from danlu.errors import DanluError
+from danlu.model.checkpoint import Checkpoint
+from danlu.model.transformer import Decoder
+
+EMBEDDING = "embedding.tokens.weight"
+SAMPLE = 8  # rows of a matrix that are rounded to tell its error
+WORDS = 64  # rows of the embedding and head
+
+Losses = dict[str, dict[str, float]]  # matrix -> format -> divergence, nat a token
+
+
+@dataclass
+class _Outputs:
+    """Sums over tokens of the squared gradients at each layer's outputs, fp32 [outputs], and of what the head's are.
+
+    Attributes:
+        squares: by the layer's name; the embedding's are those of what it puts into the stream.
+        head: of each word's logit, the mean of p (1 - p), fp32 [vocab].
+        tokens: that were seen.
+    """
+
+    squares: dict[str, Tensor] = field(default_factory=dict)
+    head: Tensor = field(default_factory=lambda: torch.zeros(0))
+    tokens: int = 0
+
+    def note(self, name: str, gradient: Tensor) -> None:
+        found = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(0)
+        self.squares[name] = self.squares[name] + found if name in self.squares else found
+
+
+def sensitivities(checkpoint: Checkpoint, rows: Tensor, types: Sequence[str], seed: int = 0) -> Losses:
+    """The divergence that each matrix brings in each format.
+
+    Args:
+        checkpoint: a decoder without experts.
+        rows: calibration tokens, int64 [rows, T].
+        types: formats to try; where rows of a matrix do not fill their blocks, what stands in (formats/known.py).
+        seed: of the words and rows drawn.
+
+    Returns: by the matrix's name, then by the format it would really get.
+
+    Raises DanluError where the model has matrices that are no ordinary layers.
+    """
+    shapes = matrices(checkpoint)
+    odd = next((name for name, shape in shapes.items() if len(shape) != 2), None)
+    if odd is not None:
+        what = f"{odd} is a bank of experts, whose formats are not searched"
+        raise DanluError(what, where=checkpoint.path, fix="give all matrices one format: danlu compress quantize")
+    generator = torch.Generator().manual_seed(seed)
+    outputs = _watch_outputs(checkpoint, rows, generator)
+    found: Losses = {}
+    with torch.no_grad(), progress("sensitivities", checkpoint.config.layers + 1, "blocks") as tick:
+        walk = Walk(checkpoint.config, checkpoint.model.makers(torch.float32), rows)
+        words = walk.embed()[EMBEDDING]
+        for prefix, block, products in walk.blocks():
+            made = {id(each): Inputs(each) for each in {id(each): each for each in products.found.values()}.values()}
+            drawn = {
+                f"{prefix}{name}.weight": _draw(
+                    block.get_parameter(f"{name}.weight").data,
+                    made[id(product)].importance,
+                    _by_column(made[id(product)]),
+                    outputs.squares[prefix + name] * (0.5 / outputs.tokens**2),
+                    SAMPLE,
+                    generator,
+                )
+                for name, product in products.found.items()
+            }
+            found |= _losses(drawn, types)
+            tick.advance(1, prefix.rstrip("."))
+        ends, given = walk.end()
+        found |= _ends(words, ends, Inputs(given), rows, outputs, types, generator)
+        tick.advance(1, "head")
+    return found
+
+
+def formats(types: Sequence[str], columns: int) -> dict[str, Format]:
+    """What matrices of so many columns can get of these types, by its name; stand-ins among them."""
+    fit = (fitting(format_of(type), columns) for type in types)
+    return {form.kind.name.lower(): form for form in fit if form is not None}
+
+
+def _by_column(inputs: Inputs) -> Tensor:
+    """What a squared error of each column costs once the others have made up for it, fp32 [columns]."""
+    return inputs.factor.diagonal().square().reciprocal()
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Rows of a matrix that stand for all of it.
+
+    Attributes:
+        rows: fp32 [rows, columns], drawn by how much they count.
+        importance: fp32 [columns], that steps are fitted with.
+        by_column: fp32 [columns], what a squared error costs.
+        total: what all rows of the matrix count together.
+    """
+
+    rows: Tensor
+    importance: Tensor
+    by_column: Tensor
+    total: float
+
+
+def _draw(
+    weight: Tensor, importance: Tensor, by_column: Tensor, by_row: Tensor, sample: int, generator: torch.Generator
+) -> _Drawn:
+    chosen = torch.multinomial(by_row.clamp(min=0) + 1e-30, sample, replacement=True, generator=generator)
+    return _Drawn(weight[chosen], importance, by_column, float(by_row.sum()))
+
+
+def _losses(drawn: Mapping[str, _Drawn], types: Sequence[str]) -> Losses:
+    """Of each matrix in each format; those with as many columns are rounded together, which takes as long as one."""
+    found: Losses = {name: {} for name in drawn}
+    for columns in {each.rows.shape[1] for each in drawn.values()}:
+        alike = {name: each for name, each in drawn.items() if each.rows.shape[1] == columns}
+        for kind, form in formats(types, columns).items():
+            for name, lost in zip(alike, _lost(list(alike.values()), form), strict=True):
+                found[name][kind] = lost
+    return found
+
+
+def _lost(drawn: Sequence[_Drawn], form: Format) -> list[float]:
+    """The sum over each matrix of row's count x column's cost x squared rounding error."""
+    rows = torch.cat([each.rows for each in drawn])
+    importance, by_column = (
+        torch.cat([getattr(each, name).expand_as(each.rows) for each in drawn]) for name in ("importance", "by_column")
+    )
+    blocks = rows.reshape(-1, form.block)  # rounded by themselves, so that all can be at once
+    grid = form.fit(blocks, importance.reshape(-1, form.block))
+    errors = (grid.values(grid.codes(blocks)) - blocks).square().view_as(rows)
+    parts = (errors * by_column).sum(1).split([len(each.rows) for each in drawn])
+    return [each.total * float(part.mean()) for each, part in zip(drawn, parts, strict=True)]
+
+
+def _ends(
+    words: Tensor,
+    ends: Mapping[str, Tensor],
+    inputs: Inputs,
+    rows: Tensor,
+    outputs: _Outputs,
+    types: Sequence[str],
+    generator: torch.Generator,
+) -> Losses:
+    """Of the embedding, whose rows count by how often they are looked up, and of the head; of both where it is one."""
+    scale = 0.5 / outputs.tokens / rows.numel()
+    seen = torch.bincount(rows.flatten(), minlength=len(words)).float() * scale
+    into = outputs.squares["embedding"]
+    head = outputs.head * scale
+    looked = {EMBEDDING: _draw(words, into, into, seen, WORDS, generator)}
+    name = "head.weight" if "head.weight" in ends else EMBEDDING
+    spoken = {name: _draw(ends.get(name, words), inputs.importance, _by_column(inputs), head, WORDS, generator)}
+    before, after = _losses(looked, types), _losses(spoken, types)
+    if name != EMBEDDING:
+        return before | after
+    return {name: {kind: lost + before[name][kind] for kind, lost in after[name].items()}}
+
+
+def _watch_outputs(checkpoint: Checkpoint, rows: Tensor, generator: torch.Generator) -> _Outputs:
+    """One way forward and back for each row, in bf16, for words that the model draws itself."""
+    model = checkpoint.load(torch.bfloat16).requires_grad_(False)
+    outputs = _Outputs(head=torch.zeros(checkpoint.config.vocab_size))
+    handles = list(_hooks(model, outputs))
+    with progress("gradients", len(rows), "rows") as tick:
+        for row in rows:
+            hidden = model(row[None])[0]
+            guesses = torch.softmax(model.logits(hidden.detach()).float(), -1)
+            outputs.head += (guesses * (1 - guesses)).sum(0)
+            chosen = torch.multinomial(guesses, 1, generator=generator)
+            guesses.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=guesses.dtype))
+            _backward(model, hidden, guesses)
+            outputs.tokens += len(row)
+            tick.advance(1)
+    for handle in handles:
+        handle.remove()
+    return outputs
+
+
+def _backward(model: Decoder, hidden: Tensor, gradient: Tensor) -> None:
+    """From the gradient at logits, fp32 [T, vocab], which is softmax - one_hot for a sum of losses."""
+    leaf = hidden.detach().requires_grad_()
+    model.logits(leaf).backward(gradient.to(leaf.dtype))
+    hidden.backward(leaf.grad)
+
+
+def _hooks(model: Decoder, outputs: _Outputs) -> Iterator[torch.utils.hooks.RemovableHandle]:
+    def watch(name: str, _module: nn.Module, _given: tuple[Tensor, ...], made: Tensor) -> None:
+        made.register_hook(partial(outputs.note, name))
+
+    def begin(_module: nn.Module, _given: tuple[Tensor, ...], made: Tensor) -> Tensor:
+        made = made.detach().requires_grad_()
+        made.register_hook(partial(outputs.note, "embedding"))
+        return made
+
+    yield model.embedding.register_forward_hook(begin)
+    for name, module in model.blocks.named_modules():
+        if type(module) is nn.Linear:
+            yield module.register_forward_hook(partial(watch, f"blocks.{name}"))
