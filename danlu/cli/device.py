@@ -35,9 +35,12 @@ def device_probe(
 
     Example:  danlu device probe --out device.json
     """
+    from danlu.artifact import check_parent
     from danlu.device.clock import probe_device
     from danlu.device.profile import summary
 
+    if out is not None:
+        check_parent(out)
     profile = probe_device(threads=threads)
     if out is not None:
         profile.save(out)

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from danlu.cli import app
 from danlu.device import clock
 from danlu.device.clock import probe_device
 from danlu.device.profile import CacheRate, DeviceProfile, Rate, Rest
@@ -99,3 +101,12 @@ def test_probing_tells_small_matrices_from_large_ones(monkeypatch: pytest.Monkey
     assert made.seconds_for(large) > 4 * made.seconds_for(small) > 0
     assert made.seconds_for(small, batch=16) > made.seconds_for(small) / 2
     assert made.word > 0 or made.rest[0].step > 0
+
+
+@pytest.mark.parametrize("words", [("device", "probe"), ("plan", "--probe")])
+def test_a_place_that_is_not_there_is_refused_before_anything_is_measured(
+    words: tuple[str, ...], tmp_path: Path
+) -> None:
+    ended = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "not" / "device.json")])
+    assert ended.exit_code == 2 and "there is no such directory" in ended.stderr
+    assert "stacks" not in ended.stderr and not list(tmp_path.iterdir())
