@@ -56,7 +56,7 @@ bench-planner: $(VENV)/.installed-dev ## how wrong the planner is about runs tha
 	$(BIN)/python bench/planner.py
 	$(BIN)/python bench/planner_machine.py
 
-bench-compress: $(VENV)/.installed-dev ## compression beside llama.cpp's own tools (where they are), the clock, the search, every way to fewer weights
+bench-compress: $(VENV)/.installed-dev ## compression beside llama.cpp's own quantizer, the clock, the search, every way to fewer weights
 	$(BIN)/python bench/compress.py
 	$(BIN)/python bench/clock.py
 	$(BIN)/python bench/compress_search.py

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -146,6 +147,16 @@ Heldout = Annotated[Path | None, typer.Option(help="Another text file, on which 
 Dtype = Annotated[Literal["f32", "bf16"], typer.Option(help="Of the stored weights.")]
 
 
+def _carry_out(
+    ref: str, way: Callable[[Any, str | None], Any], calibration: Path | None, heldout: Path | None, as_json: bool
+) -> None:
+    """Make a model of fewer weights, measure it where there is a held-out text, and say what came out."""
+    from danlu.compress.quality import made_and_measured
+
+    made = made_and_measured(tuned(ref), way, calibration, heldout)
+    print_json(made.plain()) if as_json else result(f"{made.path}: {made.words}")
+
+
 @functools.partial(command, group=compress, name="prune")
 def compress_prune(
     ref: Ref,
@@ -167,16 +178,15 @@ def compress_prune(
     """
     from danlu.compress.product import DTYPES
     from danlu.compress.pruning.sparse import prune_weights, read_sparsity
-    from danlu.compress.quality import made_and_measured
 
     asked = read_sparsity(method, share, pattern)
-    made = made_and_measured(
-        tuned(ref),
+    _carry_out(
+        ref,
         lambda checkpoint, text: prune_weights(checkpoint, asked, text, out, tokens, DTYPES[dtype]),
         calibration,
         heldout,
+        as_json,
     )
-    print_json(made.plain()) if as_json else result(f"{made.path}: {made.words}")
 
 
 @functools.partial(command, group=compress, name="shrink")
@@ -199,16 +209,15 @@ def compress_shrink(
     """
     from danlu.compress.product import DTYPES
     from danlu.compress.pruning.structured import Shape, shrink
-    from danlu.compress.quality import made_and_measured
 
     shape = Shape(layers, heads, channels, width)
-    made = made_and_measured(
-        tuned(ref),
+    _carry_out(
+        ref,
         lambda checkpoint, text: shrink(checkpoint, shape, text or "", out, tokens, DTYPES[dtype]),
         calibration,
         heldout,
+        as_json,
     )
-    print_json(made.plain()) if as_json else result(f"{made.path}: {made.words}")
 
 
 @functools.partial(command, group=compress, name="vocabulary")
@@ -227,15 +236,14 @@ def compress_vocabulary(
     """
     from danlu.compress.product import DTYPES
     from danlu.compress.pruning.vocabulary import prune_vocabulary
-    from danlu.compress.quality import made_and_measured
 
-    made = made_and_measured(
-        tuned(ref),
+    _carry_out(
+        ref,
         lambda checkpoint, text: prune_vocabulary(checkpoint, text or "", out, keep, DTYPES[dtype]),
         calibration,
         heldout,
+        as_json,
     )
-    print_json(made.plain()) if as_json else result(f"{made.path}: {made.words}")
 
 
 @functools.partial(command, group=compress, name="lowrank")
@@ -255,16 +263,15 @@ def compress_lowrank(
     """
     from danlu.compress.low_rank.matrices import lower_rank
     from danlu.compress.product import DTYPES, read_part
-    from danlu.compress.quality import made_and_measured
 
     part = read_part(share)
-    made = made_and_measured(
-        tuned(ref),
+    _carry_out(
+        ref,
         lambda checkpoint, text: lower_rank(checkpoint, part, text or "", out, tokens, DTYPES[dtype]),
         calibration,
         heldout,
+        as_json,
     )
-    print_json(made.plain()) if as_json else result(f"{made.path}: {made.words}")
 
 
 @functools.partial(command, group=compress, name="shape")
