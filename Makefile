@@ -59,6 +59,7 @@ bench-planner: $(VENV)/.installed-dev ## how wrong the planner is about runs tha
 bench-compress: $(VENV)/.installed-dev ## compression beside llama.cpp's own quantizer, the clock, the search, every way to fewer weights
 	$(BIN)/python bench/compress.py
 	$(BIN)/python bench/clock.py
+	$(BIN)/python bench/compress_models.py
 	$(BIN)/python bench/compress_search.py
 	$(BIN)/python bench/compress_prune.py
 	$(BIN)/python bench/compress_distill.py

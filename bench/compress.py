@@ -202,13 +202,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as aside:
         folder = asked.work or Path(aside)
         folder.mkdir(parents=True, exist_ok=True)
-        run(asked, Kept(folder))
+        documents = stretches(asked.text) if asked.text else python_documents()
+        emit("compress", run(asked, documents, Kept(folder)), asked.save)
 
 
-def run(asked: Any, kept: Kept) -> None:
+def run(asked: Any, documents: dict[str, str], kept: Kept) -> dict[str, Any]:
+    """Files made, measured and shown; what is asked is what the command takes."""
     checkpoint = Checkpoint.open(asked.model)
-    calibration, held = split(stretches(asked.text) if asked.text else python_documents())
-    documents, groups = pieces(checkpoint, held, asked.heldout)
+    calibration, held = split(documents)
+    scored_on, groups = pieces(checkpoint, held, asked.heldout)
     text = kept.folder / "calibration.txt"
     text.write_text(calibration, encoding="utf-8")
     original = kept.folder / "f32.gguf"
@@ -222,7 +224,7 @@ def run(asked: Any, kept: Kept) -> None:
         if (figures := kept.figures(name)) is None:
             matrix = matrix or importance(checkpoint, calibration, asked.tokens)
             stock(original, preset, matrix, kept.path(name))
-            figures = kept.keep(name, scored(original, kept.path(name), documents, groups))
+            figures = kept.keep(name, scored(original, kept.path(name), scored_on, groups))
         found[name] = figures
     wanted = {f"danlu {preset}": ["--like", str(kept.path(f"llama.cpp {preset}"))] for preset in presets}
     wanted |= {f"danlu {each} alone": ["--type", each] for each in asked.own.split(",") if each}
@@ -231,15 +233,15 @@ def run(asked: Any, kept: Kept) -> None:
     for name, words in wanted.items():
         if (figures := kept.figures(name)) is None:
             used = ours(asked.model, text, kept.path(name), [*words, "--tokens", str(asked.tokens)])
-            figures = kept.keep(name, scored(original, kept.path(name), documents, groups) | used)
+            figures = kept.keep(name, scored(original, kept.path(name), scored_on, groups) | used)
         found[name] = figures
         say(f"{name}: {figures['divergence']['value']:.4f} nat")
     if asked.speed:
-        for name, rate in speeds({name: kept.path(name) for name in found}, documents[0].tokens, asked.speed).items():
+        for name, rate in speeds({name: kept.path(name) for name in found}, scored_on[0].tokens, asked.speed).items():
             found[name]["decode"] = rate
     told = bars(found, presets, largest_layer(checkpoint))
-    show(asked, found, told, len(documents), len(set(groups)))
-    emit("compress", {"model": asked.model, "tokens": asked.tokens, "files": found, "bars": told}, asked.save)
+    show(asked, found, told, len(scored_on), len(set(groups)))
+    return {"model": asked.model, "tokens": asked.tokens, "files": found, "bars": told}
 
 
 def bars(found: dict[str, dict[str, Any]], presets: list[str], layer: int) -> list[dict[str, Any]]:

@@ -153,6 +153,7 @@ def vocabulary(bench: Bench) -> dict[str, Any]:
     found = {
         str(keep): bench.kept(f"vocabulary-{keep}", lambda k=keep: one(k)) for keep in (None, 20_500, 16_000, 8_000)
     }
+    found["distilled"] = bench.kept("vocabulary-distilled", recovered)
     rows = [
         (
             f"{about['words']['value']:,} words" + ", distilled" * (name == "distilled"),
@@ -303,10 +304,6 @@ def convolutions(bench: Bench) -> dict[str, Any]:
     ]
     table("A residual network on Fashion-MNIST", ("", "numbers in kernels", "told right", "tuned"), rows)
     return found
-
-
-def _told(about: dict[str, Any]) -> tuple[float, float | None]:
-    return about["accuracy"], about["tuned"]
 
 
 def _recipe(name: str) -> tuple[Any, Any]:

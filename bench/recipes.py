@@ -6,7 +6,7 @@ Without names all of them, one after another; some take up where another ended, 
 each figure stands the bar it is held to, if it has one: what others reach (nanoGPT's 1.88 nat/character in the same
 budget), what a task counts as solved from, or its dense twin. `--steps` trains that many steps only, to see that all of
 it runs; such figures mean nothing. All together take hours: with `--home` what is finished is kept there, and the same
-command goes on with the rest.
+command goes on with the rest. What `--save` keeps of recipes that were not run now stays, each with its own commit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import arguments, commit, emit
+from common import RESULTS, arguments, commit, emit
 
 from danlu.artifact import write_json
 
@@ -142,6 +142,12 @@ def numbers(told: dict[str, Any], before: str = "") -> dict[str, float]:
     return found
 
 
+def saved() -> dict[str, Any]:
+    """What was found of recipes before."""
+    kept = RESULTS / "recipes.json"
+    return dict(json.loads(kept.read_text(encoding="utf-8"))["figures"]) if kept.is_file() else {}
+
+
 def ordered(names: Sequence[str]) -> list[str]:
     """The named recipes and those they go on from, in the order of the table."""
     wanted = set(names)
@@ -184,7 +190,7 @@ def main() -> None:
             print(f"{name:16} {one['steps']:7,} {one['seconds'] / 60:8.1f}  {bar.shown(figures, bound)}")
         shown = ", ".join(f"{label} {value:.4g}" for label, value in figures.items())
         print(f"{name:16} {one['steps']:7,} {one['seconds'] / 60:8.1f}  {shown}")
-    emit("recipes", found, given.save)
+    emit("recipes", saved() | found if given.save else found, given.save)
 
 
 if __name__ == "__main__":
