@@ -1,15 +1,16 @@
 """Danlu's quantizer beside llama.cpp's own with an importance matrix: the same types, the same text, in one run.
 
     python bench/compress.py [--model REF] [--text FILE] [--presets q4_0,q4_k_m,q3_k_m,q2_k] [--own q4_0,q5_0]
-        [--tokens 16384] [--tune 0] [--heldout 16384] [--speed ROUNDS] [--work DIR] [--save]
+        [--tokens 16384] [--tune 0] [--lora 0] [--heldout 16384] [--speed ROUNDS] [--work DIR] [--save]
 
 llama.cpp's quantizer is the one in llama-cpp-python. Its importance matrix is what the tool llama-imatrix makes: the
 mean square of every input of the blocks' matrices over the calibration text, in the original model. Danlu gives each
 matrix the type that llama.cpp gave it. Both then read held-out documents beside the F32 file in llama.cpp; intervals
 are over groups of documents. Without --text the documents are Python's own, calibration and held-out ones of different
 modules and topics; a text is cut at empty lines, and every eighth stretch of 64 paragraphs is held out. --own makes
-files of one type that no preset has. --tune adds tuned files beside. What is done is kept in DIR, and a second call
-goes on from there. Quantising runs in a process of its own, whose peak memory is measured.
+files of one type that no preset has. --tune adds tuned files beside, --lora lets adapters learn in half of the steps.
+What is done is kept in DIR, and a second call goes on from there. Quantising runs in a process of its own, whose peak
+memory is measured.
 """
 
 from __future__ import annotations
@@ -195,6 +196,7 @@ def main() -> None:
     parser.add_argument("--own", default="", help="types of one kind, such as q5_0")
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--tune", type=int, default=0, help="steps; 0 for no tuned files")
+    parser.add_argument("--lora", type=int, default=0, help="rank of adapters of the tuned files; 0 for none")
     parser.add_argument("--heldout", type=int, default=16_384, help="tokens")
     parser.add_argument("--speed", type=int, default=0, help="rounds; 0 leaves the speed out")
     parser.add_argument("--work", type=Path, help="what is done is kept here, and gone on from")
@@ -229,7 +231,8 @@ def run(asked: Any, documents: dict[str, str], kept: Kept) -> dict[str, Any]:
     wanted = {f"danlu {preset}": ["--like", str(kept.path(f"llama.cpp {preset}"))] for preset in presets}
     wanted |= {f"danlu {each} alone": ["--type", each] for each in asked.own.split(",") if each}
     if asked.tune:
-        wanted |= {f"{name} tuned": [*words, "--tune", str(asked.tune)] for name, words in wanted.items()}
+        tuning = ["--tune", str(asked.tune), "--lora", str(asked.lora)]
+        wanted |= {f"{name} tuned": [*words, *tuning] for name, words in wanted.items()}
     for name, words in wanted.items():
         if (figures := kept.figures(name)) is None:
             used = ours(asked.model, text, kept.path(name), [*words, "--tokens", str(asked.tokens)])

@@ -9,6 +9,8 @@ distill   the model without every other layer, tuned for the same steps on the t
           with its hidden states besides, and on rows whose second half the student writes itself
 exits     the model tuned to answer behind its second and third block: token/s of guessing there beside writing without
 shape     a supernet of 36 shapes, searched under three quarters of the model's memory; order before and after teaching
+elastic   one file of 16 settings, of a model of 512 merged words that is trained first: losses in the engine beside
+          those of the same parts cut out of the model as it was
 engine    SmolLM2-135M-Instruct as Q4_0 in llama.cpp: what steps of several tokens cost, and token/s with guesses from
           the text so far, on a text that comes again and on one that does not
 
@@ -27,8 +29,9 @@ from statistics import median
 from typing import Any
 
 from common import arguments, emit
+from small_models import Small, train_small
 
-PARTS = ("distill", "exits", "shape", "engine")
+PARTS = ("distill", "exits", "shape", "elastic", "engine")
 TOKENS, ROUNDS = 128, 3  # of an answer in the engine, and how often it is timed
 COPY = """def total(items):
     amount = 0
@@ -45,34 +48,22 @@ PROMPTS = {
 }
 
 
-def train_base(text: Path, steps: int, out: Path) -> Path:
-    """The model that all parts begin with."""
-    from danlu.train.recipe import TrainRecipe
-    from danlu.train.start import start
+CHARACTERS = {"kind": "characters", "special": []}
 
-    shape = {"hidden_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 4}
-    recipe = {
-        "name": "base",
-        "model": {
-            "architecture": "LlamaForCausalLM",
-            "shape": {**shape, "intermediate_size": 344, "max_position_embeddings": 128, "tie_word_embeddings": True},
-        },
-        "data": {
-            "sources": str(text.resolve()),
-            "vocabulary": {"kind": "characters", "special": []},
-            "heldout": 0.1,
-            "heldout_from": "end",
-        },
-        "batch": {"rows": 12, "window": 64},
-        "steps": steps,
-        "optimizer": {"learning_rate": 4e-3, "betas": [0.9, 0.99], "weight_decay": 0.1, "clip": 1.0},
-        "schedule": {"kind": "linear", "warmup": 0.05, "final_share": 0.0},
-        "precision": "fp32",
-        "compile": "off",
-        "validation": {"every": steps, "rows": 240},
-    }
-    start(TrainRecipe.model_validate(recipe), out, plan=None, steps=None)
-    return out / "model"
+
+def train_base(text: Path, steps: int, out: Path, vocabulary: Any = CHARACTERS, channels: int = 344) -> Path:
+    """The model that parts begin with."""
+    return train_small(
+        Small(layers=8, width=128, heads=4, kv_heads=4, channels=channels, context=128),
+        text,
+        steps,
+        out,
+        vocabulary=vocabulary,
+        batch={"rows": 12, "window": 64},
+        optimizer={"learning_rate": 4e-3, "betas": [0.9, 0.99], "weight_decay": 0.1, "clip": 1.0},
+        schedule={"kind": "linear", "warmup": 0.05, "final_share": 0.0},
+        validation={"every": steps, "rows": 240},
+    )
 
 
 def tuning(text: Path, steps: int) -> Any:
@@ -133,6 +124,36 @@ def shape_part(base: Path, text: Path, steps: int, out: Path) -> dict[str, Any]:
     return {"order": found.order, "looked_at": len(found.candidates), "finalists": taught}
 
 
+def elastic_part(text: Path, steps: int, out: Path) -> dict[str, Any]:
+    """Every setting: what it takes and gives, and the loss of the same part of the model before it was trained so."""
+    from danlu.compress.learning.elastic import make_elastic, print_made
+    from danlu.compress.learning.elastic_file import name_of
+    from danlu.compress.learning.supernet import part_model
+    from danlu.compress.learning.tuning import heldout_rows, row_losses
+    from danlu.model.checkpoint import Checkpoint
+    from danlu.recipe import read_recipe
+    from danlu.train.objectives.elastic import parts_of
+    from danlu.train.recipe import ElasticSettings, TrainRecipe
+
+    base = train_base(text, 4 * steps, out / "words", {"kind": "bpe", "size": 512}, channels=352)
+    asked = ElasticSettings(layers=(4,), heads=(2,), channels=(160,), width=(64,))
+    made = make_elastic(Checkpoint.open(base), asked, "q8_0", tuning(text, steps), out / "elastic")
+    print_made(made)
+    recipe = read_recipe(made.path / "run" / "recipe.yaml", (), TrainRecipe).recipe
+    rows, plain = heldout_rows(recipe, made.path / "run"), Checkpoint.open(made.path / "ordered").load()
+    cut = {name_of(part): row_losses(part_model(plain, part), rows).mean for part in parts_of(plain.config, asked)}
+    return {
+        each.name: {
+            "loss": each.loss.model_dump(exclude_none=True),
+            "loss_cut_out_untrained": cut[each.name],
+            "bytes": each.file_bytes,
+            "decode": each.decode.value,
+            "cost": each.cost.model_dump(exclude_none=True),
+        }
+        for each in made.settings
+    }
+
+
 def engine_part(out: Path) -> dict[str, Any]:
     """Costs of steps beside one token's, and token/s with guesses by those without, medians over rounds."""
     from danlu.compress.presets.quantize import export
@@ -178,11 +199,13 @@ def main() -> None:
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        if set(asked.parts) - {"engine"}:
+        if {"distill", "exits", "shape"} & set(asked.parts):
             base = train_base(asked.text, asked.steps, out / "base")
             parts = {"distill": distill_part, "exits": exits_part, "shape": shape_part}
-            for name in (each for each in asked.parts if each != "engine"):
+            for name in (each for each in asked.parts if each in parts):
                 found[name] = parts[name](base, asked.text, asked.steps // 4, out)
+        if "elastic" in asked.parts:
+            found["elastic"] = elastic_part(asked.text, asked.steps // 4, out)
         if "engine" in asked.parts:
             found["engine"] = engine_part(out)
     for name, figures in found.items():

@@ -184,6 +184,12 @@ def write_json(path: Path, value: object) -> None:
     write_aside(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def user_cache() -> Path:
+    """Where Danlu keeps what can be made again and belongs to no artifact."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "danlu"
+
+
 def sync(path: Path) -> None:
     """Make a file's content, or the names inside a directory, durable."""
     handle = os.open(path, os.O_RDONLY)

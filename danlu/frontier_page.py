@@ -42,6 +42,7 @@ def render(found: Mapping[str, Any], name: str) -> str:
         {
             "number": each["number"],
             "chosen": each["chosen"],
+            "start": each["start"],
             "formats": ", ".join(f"{count} {form}" for form, count in each["formats"].items()),
             "cache": each["cache"],
             "megabytes": each["figures"]["file_size"]["value"] / 1e6,

@@ -230,6 +230,9 @@ def vocabulary(document: dict[str, Any], size: int, where: Path | None) -> dict[
     if model.get("byte_fallback"):
         return {"model": "llama", "pre": "default", **common, **_scores(document, tokens, types, where)}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    if not merges:
+        what = "the tokenizer merges no bytes, and llama.cpp reads no vocabulary without merges"
+        raise DanluError(what, where=where, fix="take a vocabulary of merged bytes (bpe)")
     return {"model": "gpt2", "pre": pre_name(document, where), **common, "merges": merges}
 
 

@@ -8,6 +8,8 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, trainers
 
+from danlu.data.corpus_settings import VocabularySettings
+from danlu.data.vocabulary import learn_vocabulary
 from danlu.errors import DanluError
 from danlu.gguf_vocabulary import ALIASES, SPLITS, WHOLE_WORDS, pre_name
 from danlu.tokenizer import Tokenizer
@@ -165,6 +167,13 @@ def test_an_end_of_turn_that_a_file_calls_ordinary_is_special_as_in_llama_cpp(
     assert ours.encode(text) == engine.encode(text)
     assert ours.encode(text)[-2:] == [2, 0]
     assert ours.stop_ids == {0, 2}
+
+
+def test_bytes_without_merges_are_refused(tmp_path: Path) -> None:
+    """llama.cpp loads no file whose vocabulary has no merges."""
+    learn_vocabulary(VocabularySettings(kind="bytes"), []).save(tmp_path)
+    with pytest.raises(DanluError, match="merges no bytes, and llama"):
+        Tokenizer.load(tmp_path).gguf_metadata(257)
 
 
 def test_ids_beyond_the_models_vocabulary_are_refused(sentencepiece: Path) -> None:

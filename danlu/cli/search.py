@@ -28,6 +28,10 @@ def compress_search(
     ] = None,
     types: Annotated[str | None, typer.Option(help="Number formats to try, say q4_0,q8_0.")] = None,
     caches: Annotated[str | None, typer.Option(help="Number formats of keys and values, say f16,q8_0.")] = None,
+    pruning: Annotated[
+        list[str] | None,
+        typer.Option(help="A smaller model to start from too, say layers=28,channels=1408; auto; none. Repeatable."),
+    ] = None,
     context: Annotated[int | None, typer.Option(min=64, help="Tokens that keys and values are held for.")] = None,
     prefer: Annotated[
         Literal["best", "smallest", "fastest"] | None, typer.Option(help="What is bettered within the limits.")
@@ -57,10 +61,11 @@ def compress_search(
     from danlu.model.checkpoint import Checkpoint
 
     wishes = {"types": types, "caches": caches, "context": context, "prefer": prefer, "minutes": minutes}
+    several = {"pruning": tuple(pruning) if pruning else None}
     asked = Asked(
         Checkpoint.open(tuned(ref)),
         read_target(memory=memory, speed=speed, quality_loss=loss, file_size=size),
-        read_settings(fast, best, wishes | {"sustained": sustained, "threads": threads}),
+        read_settings(fast, best, wishes | several | {"sustained": sustained, "threads": threads}),
         read_text(calibration),
         read_text(heldout),
         task,

@@ -8,7 +8,22 @@ from typing import Annotated, Literal
 
 import typer
 
-from danlu.cli.base import Context, Json, Overrides, Ref, Stage, Stopped, Threads, command, print_json, tuned
+from danlu.cli.base import (
+    Battery,
+    Context,
+    Draft,
+    Guess,
+    Json,
+    Memory,
+    Overrides,
+    Ref,
+    Stage,
+    Stopped,
+    Threads,
+    command,
+    print_json,
+    tuned,
+)
 from danlu.console import result, say, table
 from danlu.errors import DanluError
 
@@ -133,6 +148,10 @@ def chat(
     max_tokens: Annotated[int | None, typer.Option(min=1, help="The most tokens of an answer.")] = None,
     context: Context = None,
     threads: Threads = None,
+    memory: Memory = None,
+    battery: Battery = None,
+    guess: Guess = False,
+    draft: Draft = None,
     as_json: Json = False,
 ) -> None:
     """Talk with a model in the terminal.
@@ -141,10 +160,12 @@ def chat(
 
     Example:  danlu chat runs/python-helper --prompt "What does textwrap.dedent do?"
     """
+    from danlu.device.budget import within
+    from danlu.serve.backend import CONTEXT, Guesses
     from danlu.serve.chat import chat as talk
 
     talk(
-        ref,
+        within(ref, memory, battery, context or CONTEXT),
         prompt=prompt,
         system=system,
         temperature=temperature,
@@ -153,6 +174,7 @@ def chat(
         max_tokens=max_tokens,
         context=context,
         threads=threads,
+        guesses=Guesses(draft) if guess or draft else None,
         as_json=as_json,
     )
 
@@ -166,6 +188,10 @@ def serve(
     context: Context = None,
     threads: Threads = None,
     waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; one more gets a 503.")] = 16,
+    memory: Memory = None,
+    battery: Battery = None,
+    guess: Guess = False,
+    draft: Draft = None,
 ) -> None:
     """Serve a model over HTTP, as OpenAI does.
 
@@ -173,9 +199,15 @@ def serve(
 
     Example:  danlu serve runs/python-helper --port 8000
     """
+    from danlu.device.budget import within
+    from danlu.serve.backend import CONTEXT, Guesses
     from danlu.serve.server import run_server
 
-    run_server(ref, host=host, port=port, token=token, context=context, threads=threads, waiting=waiting)
+    ref = str(within(ref, memory, battery, context or CONTEXT))
+    guesses = Guesses(draft) if guess or draft else None
+    run_server(
+        ref, host=host, port=port, token=token, context=context, threads=threads, waiting=waiting, guesses=guesses
+    )
 
 
 @command

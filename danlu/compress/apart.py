@@ -28,5 +28,5 @@ def check_apart(calibration: str, heldout: str) -> None:
 
 def _runs(text: str) -> list[int]:
     packed = "".join(text.split())
-    raw = [packed[start : start + RUN] for start in range(max(len(packed) - RUN + 1, 0))]
+    raw = (packed[start : start + RUN] for start in range(max(len(packed) - RUN + 1, 0)))  # one at a time
     return [hash(run) for run in raw if crc32(run[:ANCHOR].encode("utf-8", "surrogatepass")) % EVERY == 0]

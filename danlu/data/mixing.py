@@ -118,6 +118,8 @@ class MixtureStream:
         places = [np.flatnonzero(chosen == number) for number in range(len(self.sources))]
         pairs = zip(self.sources.values(), places, strict=True)
         parts = [source.batch(numbers[place]) for source, place in pairs if len(place)]
+        if len(parts) == 1:  # in order as it is, and a batch of whatever kind the data set makes
+            return parts[0]
         return _joined(parts, torch.from_numpy(np.argsort(np.concatenate(places))))
 
     def epochs(self, steps: int) -> dict[str, float]:

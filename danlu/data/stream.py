@@ -87,7 +87,7 @@ def make_batch(rows: Rows, indices: Sequence[int] | npt.NDArray[np.int64]) -> Ba
     learned = trained[:, 1:] & (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
     targets = np.full_like(tokens, IGNORED)
     targets[:, :-1] = np.where(learned, tokens[:, 1:], IGNORED)
-    return Batch(*map(torch.from_numpy, (tokens, targets, segments, _positions(segments))))
+    return Batch(*map(torch.from_numpy, (tokens, targets, segments, positions_of(segments))))
 
 
 class Stream:
@@ -139,7 +139,7 @@ def _map(path: Path) -> np.memmap:
         raise DanluError(f"cannot be read as packed rows: {error}", where=path, fix=fix) from None
 
 
-def _positions(segments: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+def positions_of(segments: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
     """[B, T] from 0 in each segment, padding included."""
     places = np.arange(segments.shape[1], dtype=np.int64)
     starts = np.ones_like(segments, dtype=bool)

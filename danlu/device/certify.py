@@ -13,6 +13,7 @@ from danlu.artifact import WORK, Figures, figure, library_version, write_json
 from danlu.console import say
 from danlu.device.bandwidth import read_bandwidth
 from danlu.device.documents import SEED, Drawn, draw_heldout
+from danlu.device.guessing import guess_figures
 from danlu.device.measure import Measurement, Request, measure
 from danlu.device.parity import Parity, prove
 from danlu.device.probe import instructions, processor
@@ -63,6 +64,15 @@ def certify(
     reference = score(model, drawn.rows, drawn.chosen, "held-out, the tuned model in fp32")
     figures = _size_and_speed(measured, _bytes_per_token(model_gguf, tuned.config, measured), bandwidth)
     figures |= _quality(measured, reference, drawn, settings.resamples)
+    if settings.guesses:
+        figures |= guess_figures(
+            model_gguf,
+            drawn.sample(settings.prompt_tokens),
+            context=min(settings.context, tuned.config.context),
+            threads=settings.threads,
+            tokens=settings.decode_tokens,
+            repeats=settings.repeats,
+        )
     lines = _lines(target, figures)
     parity = None
     if settings.parity_prompts:

@@ -28,7 +28,7 @@ from danlu.device.stack import HEAD, Stack, bytes_per_weight, fills, layers_for,
 
 TYPES = (
     *("f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "q3_k", "q2_k"),
-    "tq2_0",
+    *("tq2_0", "q1_0"),
 )
 COLUMNS = (576, 1536, 4096)
 CACHES = ("f16", "q8_0", "q4_0")

@@ -224,6 +224,10 @@ class Engine:
                     return
                 yield token
 
+    def latest_logits(self) -> np.ndarray:
+        """Logits that the newest token of the generation under way was chosen from, float32 [vocab], a copy."""
+        return self._logits(self._native, 1)[0].copy()
+
     def clear(self) -> None:
         """Forget the tokens in the cache; a generation under way cannot go on."""
         self._turn += 1

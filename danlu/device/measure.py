@@ -17,6 +17,7 @@ from statistics import median
 from typing import Any
 
 from danlu.artifact import figure, peak_memory
+from danlu.device.energy import Counter
 from danlu.device.engine import CACHES, IGNORED, Engine
 from danlu.errors import DanluError
 
@@ -72,6 +73,8 @@ class Measurement:
         losses: nat, summed over each document.
         correct: tokens of each document that were the most likely ones.
         imported_torch: whether PyTorch got into the process, which it must not.
+        processor: seconds of all cores together for a decoded token, of each repeat.
+        energy: joules for one, of each repeat; none where the machine has no counter that may be read.
     """
 
     description: str
@@ -87,6 +90,8 @@ class Measurement:
     losses: list[float]
     correct: list[int]
     imported_torch: bool
+    processor: list[float]
+    energy: list[float]
 
     def prefill_figure(self) -> dict[str, Any]:
         """Reading speed: the median of the repeats and their range."""
@@ -97,9 +102,21 @@ class Measurement:
         by = f"median of {len(self.decode)} times {self.decode_tokens} tokens after a prompt of {self.prompt_tokens}"
         return _spread(self.decode, by)
 
+    def processor_figure(self) -> dict[str, Any]:
+        """Work of decoding: the median of the repeats and their range."""
+        by = f"all cores together, median of {len(self.processor)} times {self.decode_tokens} tokens"
+        return _spread(self.processor, by, "s/token")
 
-def _spread(rates: Sequence[float], by: str) -> dict[str, Any]:
-    return figure(median(rates), "token/s", min(rates), max(rates), f"{by}; the range is that of the repeats")
+    def energy_figure(self) -> dict[str, Any] | None:
+        """Joules of decoding, likewise; None where there is no counter."""
+        if not self.energy:
+            return None
+        by = f"counters of all processor packages, other programs included; median of {len(self.energy)} times"
+        return _spread(self.energy, f"{by} {self.decode_tokens} tokens", "J/token")
+
+
+def _spread(rates: Sequence[float], by: str, unit: str = "token/s") -> dict[str, Any]:
+    return figure(median(rates), unit, min(rates), max(rates), f"{by}; the range is that of the repeats")
 
 
 def measure(request: Request) -> Measurement:
@@ -139,9 +156,10 @@ def work(request: Request) -> Measurement:
         load_seconds = time.perf_counter() - started
         decode_tokens = min(request.decode_tokens, engine.context // 2)
         prompt = request.prompt[: engine.context - decode_tokens - 1]
+        counter = Counter.find()
         if request.repeats:
-            _speeds(engine, prompt, 8)  # pages are touched and threads started before the clock counts
-        speeds = [_speeds(engine, prompt, decode_tokens) for _ in range(request.repeats)]
+            _time(engine, prompt, 8, None)  # pages are touched and threads started before the clock counts
+        timed = [_time(engine, prompt, decode_tokens, counter) for _ in range(request.repeats)]
         peak = peak_memory()
         scores = [_score(engine, document) for document in request.documents]
         return Measurement(
@@ -150,26 +168,41 @@ def work(request: Request) -> Measurement:
             file_bytes=engine.path.stat().st_size,
             weight_bytes=engine.weight_bytes,
             load_seconds=load_seconds,
-            prefill=[speed[0] for speed in speeds],
-            decode=[speed[1] for speed in speeds],
+            prefill=[each.prefill for each in timed],
+            decode=[each.decode for each in timed],
             prompt_tokens=len(prompt),
             decode_tokens=decode_tokens,
             peak_memory=peak,
             losses=[score[0] for score in scores],
             correct=[score[1] for score in scores],
             imported_torch="torch" in sys.modules,
+            processor=[each.processor for each in timed],
+            energy=[each.energy for each in timed if each.energy is not None],
         )
 
 
-def _speeds(engine: Engine, prompt: list[int], decode_tokens: int) -> tuple[float, float]:
-    """Token/s of reading a prompt into an empty cache, and of decoding after it."""
+@dataclass(frozen=True)
+class _Timed:
+    """One repeat; see Measurement."""
+
+    prefill: float
+    decode: float
+    processor: float
+    energy: float | None
+
+
+def _time(engine: Engine, prompt: list[int], decode_tokens: int, counter: Counter | None) -> _Timed:
+    """Read a prompt into an empty cache, and decode after it."""
     engine.clear()
     started = time.perf_counter()
     answer = engine.generate(prompt, max_new_tokens=decode_tokens + 1)
     next(answer)
-    read = time.perf_counter()
+    read, work = time.perf_counter(), time.process_time()
+    before = {} if counter is None else counter.read()
     made = sum(1 for _ in answer)
-    return len(prompt) / (read - started), made / (time.perf_counter() - read)
+    lasted, work = time.perf_counter() - read, time.process_time() - work
+    joules = None if counter is None else counter.joules(before, counter.read()) / max(made, 1)
+    return _Timed(len(prompt) / (read - started), made / lasted, work / max(made, 1), joules)
 
 
 def _score(engine: Engine, document: Document) -> tuple[float, int]:

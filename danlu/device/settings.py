@@ -33,6 +33,10 @@ class CertifySettings(Settings):
     heldout_tokens: int = Field(
         4096, gt=0, description="held-out tokens whose loss is compared, whole rows drawn once for all models"
     )
+    guesses: bool = Field(
+        False,
+        description="also measure what guessing ahead from the text so far gains in decoding (danlu chat --guess)",
+    )
     parity_prompts: int = Field(20, ge=0, description="held-out prompts whose ids and greedy answers are compared")
     parity_tokens: int = Field(64, gt=0, description="tokens of each compared answer")
     resamples: int = Field(1000, ge=100, description="bootstrap resamples behind each interval")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 
 from torch import Tensor
@@ -28,6 +28,7 @@ def generate(
     seed: int = 0,
     repetition_penalty: float = 1.0,
     allowed: Allowed | None = None,
+    watch: Callable[[Tensor], None] | None = None,
 ) -> Iterator[int]:
     """Yield the ids that follow a prompt, as they come; called as `danlu.device.engine.Engine.generate` is.
 
@@ -38,6 +39,7 @@ def generate(
         stop_ids: ids that end the answer; they are not yielded.
         temperature, top_p, top_k, min_p, seed, repetition_penalty: see `danlu.model.sampling.Choice`.
         allowed: the only answers there may be.
+        watch: is shown the logits [1, vocab] that each token is chosen from, before it comes.
 
     Raises DanluError, at the call, where the prompt is empty or leaves no room in the context, where a setting is out
     of range, or where not every allowed answer can be written.
@@ -45,7 +47,7 @@ def generate(
     choice = Choice(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     count = min(max_new_tokens, room(model, prompt))
     check_answers(model, count, stop_ids, allowed)
-    return (token for [(_, token)] in _write(model, [prompt], count, stop_ids, choice, allowed))
+    return (token for [(_, token)] in _write(model, [prompt], count, stop_ids, choice, allowed, watch=watch))
 
 
 def generate_batch(
@@ -154,10 +156,13 @@ def _write(
     choice: Choice,
     allowed: Allowed | None,
     ended: AbstractSet[int] = frozenset(),
+    watch: Callable[[Tensor], None] | None = None,
 ) -> Iterator[list[tuple[int, int]]]:
     """Yield, step by step, the row and the new token of every answer that goes on.
 
-    Args: ended: rows that the caller wants no more of; looked at after every step.
+    Args:
+        ended: rows that the caller wants no more of; looked at after every step.
+        watch: is shown each step's logits.
     """
     if not prompts or count == 0:
         return
@@ -166,6 +171,8 @@ def _write(
     rows = list(range(len(prompts)))  # the prompts that are still being answered, in the order of the writer
     places = [allowed.start for _ in prompts] if allowed is not None else None
     for length in range(1, count + 1):
+        if watch is not None:
+            watch(writer.logits)
         tokens = chooser.choose(writer.logits if places is None else only(writer.logits, places, stop_ids))
         made = tokens.tolist()
         going = [at for at, token in enumerate(made) if token not in stop_ids]

@@ -5,7 +5,9 @@ Format: GGUF specification version 3; number formats as in the gguf package.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +23,8 @@ from torch import Tensor
 from danlu.artifact import sync
 from danlu.console import warn
 from danlu.errors import DanluError
-from danlu.gguf_header import Header, TensorPlace
+from danlu.gguf_header import Header, TensorPlace, add_key
+from danlu.gguf_numbers import dequantize
 from danlu.model.config import ModelConfig
 from danlu.model.families.family import Family
 from danlu.model.families.known import FAMILIES, family_for
@@ -159,7 +162,7 @@ def write_weights(
     writer = gguf.GGUFWriter(aside, arch)
     try:
         for key, value in metadata.items():
-            _add(writer, key, value)
+            add_key(writer, key, value)
         tensors = _weights_out(config, weights, family)
         for tensor in tensors:
             stored = np.dtype(np.float32 if tensor.packed is None else np.uint8)
@@ -171,6 +174,8 @@ def write_weights(
         writer.write_ti_data_to_file()
         for tensor in tensors:
             writer.write_tensor_data(_bytes(tensor, _kind(tensor, dtype)))
+            for part in tensor.parts:
+                forget_pages(part)
         writer.flush()
         writer.close()
         sync(aside)
@@ -182,28 +187,20 @@ def write_weights(
         aside.unlink(missing_ok=True)
 
 
+def forget_pages(weight: Tensor) -> None:
+    """Let go of the memory in which a tensor's file is mapped, where it lies in one: it is read again when needed."""
+    storage = weight.untyped_storage()
+    if storage.filename is not None and hasattr(mmap, "MADV_DONTNEED"):
+        advise = ctypes.CDLL(None).madvise
+        advise(ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes()), mmap.MADV_DONTNEED)
+
+
 def _general(file_type: gguf.LlamaFileType) -> dict[str, Any]:
     return {
         "general.type": "model",
         "general.file_type": int(file_type),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
     }
-
-
-def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-    """One key, by the type of its value; the writer itself has put the architecture there."""
-    if key == "general.architecture":
-        return
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, value)
 
 
 @dataclass(frozen=True)
@@ -287,7 +284,7 @@ def _block(kind: int) -> tuple[int, int] | None:
     """Numbers and bytes of a block of a number format, None where it is not known or cannot be dequantised."""
     try:
         block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
-        gguf.dequantize(np.zeros((1, size), np.uint8), gguf.GGMLQuantizationType(kind))
+        dequantize(np.zeros((1, size), np.uint8), gguf.GGMLQuantizationType(kind))
     except (ValueError, KeyError, NotImplementedError):
         return None
     return block, size
@@ -325,5 +322,5 @@ def _read(path: Path, tensor: TensorPlace, dtype: torch.dtype) -> Tensor:
         for start in range(0, len(rows), step):
             count = min(step, len(rows) - start)
             piece = np.fromfile(file, np.uint8, count * row_bytes).reshape(count, row_bytes)
-            rows[start : start + count] = torch.from_numpy(gguf.dequantize(piece, kind))
+            rows[start : start + count] = torch.from_numpy(dequantize(piece, kind))
     return made

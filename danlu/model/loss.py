@@ -55,7 +55,7 @@ def softmax_gradient(logits: Tensor, targets: Tensor, smoothing: float = 0.0, z:
     return torch.cat(losses)
 
 
-class _LinearLoss(torch.autograd.Function):
+class LinearLoss(torch.autograd.Function):
     """Makes the gradients during the forward pass, while a chunk's logits are at hand."""
 
     @staticmethod
@@ -149,9 +149,9 @@ def linear_cross_entropy(
             return split_gradient(logits, chosen[rows], split, smoothing, z)
         return softmax_gradient(logits, chosen[rows], smoothing, z)
 
-    turned = _weighted(to_gradient, weights, trained)
+    turned = weighted_gradient(to_gradient, weights, trained)
     own, own_bias = own_words(weight), None if bias is None else own_words(bias)
-    return _LinearLoss.apply(hidden[trained], own, own_bias, turned, len(weight) if split is None else split.most)
+    return LinearLoss.apply(hidden[trained], own, own_bias, turned, len(weight) if split is None else split.most)
 
 
 @torch.no_grad()
@@ -265,11 +265,11 @@ def linear_distillation(
         taught = torch.nn.functional.linear(known[rows], teacher.weight, teacher.bias)
         return distillation_gradient(logits, taught, chosen[rows], temperature, alpha, smoothing, z, reverse)
 
-    turned = _weighted(to_gradient, weights, trained)
-    return _LinearLoss.apply(hidden[trained], weight, bias, turned, len(weight))
+    turned = weighted_gradient(to_gradient, weights, trained)
+    return LinearLoss.apply(hidden[trained], weight, bias, turned, len(weight))
 
 
-def _weighted(to_gradient: Gradient, weights: Tensor | None, trained: Tensor) -> Gradient:
+def weighted_gradient(to_gradient: Gradient, weights: Tensor | None, trained: Tensor) -> Gradient:
     """The same with each row's loss and gradient multiplied by its weight."""
     if weights is None:
         return to_gradient

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from danlu.artifact import write_json
+from danlu.artifact import user_cache, write_json
 from danlu.errors import DanluError
 from danlu.plan.calibrate import Calibration
 from danlu.plan.coefficient import Coefficient
@@ -85,8 +84,7 @@ class Machine(Settings):
 
 def machine_file() -> Path:
     """Where `danlu train` looks for this machine's own measurement."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "danlu" / "machine.json"
+    return user_cache() / "machine.json"
 
 
 def read_machine(path: Path) -> Machine:

@@ -16,10 +16,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from danlu.data.token_bytes import TokenBytes
 from danlu.errors import DanluError
 from danlu.serve.guard import Guard
 from danlu.serve.line import Full, Line
 from danlu.serve.prompt import chat_prompt, room, text_prompt, with_system
+from danlu.serve.ranked import Names
 from danlu.serve.replies import (
     CHAT,
     TEXT,
@@ -37,6 +39,7 @@ from danlu.serve.text import Backend, Sampling
 
 BODY_LIMIT = 4 * 2**20  # bytes; far more text than a context holds
 WAITING = 16  # requests that may wait their turn
+MOST_RATINGS = 2**20  # tokens named in the logprobs of one answer: 30 MB of JSON
 COLDEST = 1e-5  # below this temperature only the likeliest token is ever drawn, and dividing by it overflows
 
 
@@ -50,6 +53,7 @@ class Api:
 
     def __init__(self, backend: Backend, waiting: int) -> None:
         self.backend, self.line, self.made = backend, Line(waiting), int(time.time())
+        self.token_bytes = TokenBytes(backend.tokenizer)
 
     async def health(self, request: Request) -> Response:
         """GET /health: the model is loaded and requests are taken."""
@@ -104,12 +108,15 @@ class Api:
         seed = secrets.randbits(31) if asked.seed is None else asked.seed
         choices = []
         for prompt in prompts:
+            limit = self.backend.context if asked.limit is None else asked.limit
             try:
-                most = min(room(self.backend, prompt), asked.limit or self.backend.context)
+                most = min(room(self.backend, prompt, answer=min(limit, 1)), limit)
             except DanluError as error:
                 raise ApiError(400, str(error), param=param, code="context_length_exceeded") from None
             choices += [(prompt, _sampling(asked, most, seed + number)) for number in range(asked.n or 1)]
-        return Task(shape, choices, sum(map(len, prompts)), asked.stop or [])
+        _check_ratings(asked, choices)
+        names = Names(self.token_bytes, bool(asked.return_tokens_as_token_ids))
+        return Task(shape, choices, sum(map(len, prompts)), asked.stop or [], asked.ranking, asked.echoing, names)
 
     async def _answer(self, request: Request, asked: GenerationRequest, task: Task) -> Response:
         try:
@@ -137,7 +144,18 @@ def _sampling(asked: GenerationRequest, most: int, seed: int) -> Sampling:
         seed=seed % 2**31,
         frequency_penalty=asked.frequency_penalty or 0.0,
         presence_penalty=asked.presence_penalty or 0.0,
+        rated=asked.ranking is not None,
     )
+
+
+def _check_ratings(asked: GenerationRequest, choices: list[tuple[list[int], Sampling]]) -> None:
+    """Refuse an answer whose `logprobs` would fill the memory of both sides."""
+    if asked.ranking is None:
+        return
+    tokens = sum(sampling.max_new_tokens + len(prompt) * asked.echoing for prompt, sampling in choices)
+    if tokens * (asked.ranking + 1) > MOST_RATINGS:
+        message = f"{asked.ranking} alternatives to each of up to {tokens:,} tokens are more than {MOST_RATINGS:,}"
+        raise ApiError(400, f"{message}; ask for fewer, or for fewer prompts at once", param="logprobs")
 
 
 async def _refusing(param: str, make: Callable[..., list[int]], *args: object) -> list[int]:

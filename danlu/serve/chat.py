@@ -14,7 +14,7 @@ from typing import Any
 
 from danlu.console import complain, result, say, warn
 from danlu.errors import DanluError
-from danlu.serve.backend import open_backend
+from danlu.serve.backend import Guesses, open_backend
 from danlu.serve.prompt import chat_prompt, room
 from danlu.serve.text import Backend, Sampling, answer
 
@@ -129,6 +129,7 @@ def chat(
     max_tokens: int | None = None,
     context: int | None = None,
     threads: int | None = None,
+    guesses: Guesses | None = None,
     as_json: bool = False,
 ) -> None:
     """Talk with a model on standard input and output.
@@ -141,11 +142,16 @@ def chat(
         max_tokens: the most tokens of one answer; None: what the context has left.
         context: tokens of the whole conversation; None leaves it to the model.
         threads: CPU threads; None leaves them to the engine.
+        guesses: guess answers ahead; they are what they would be without.
         as_json: print each turn as one line of JSON when it is done.
 
-    Raises DanluError where there is no model; and, unless a person types, where the conversation outgrows the context.
+    Raises DanluError where there is no model, or guesses and temperature are asked for; and, unless a person types,
+    where the conversation outgrows the context.
     """
-    with closing(open_backend(ref, context=context, threads=threads)) as backend:
+    if guesses is not None and temperature > 0:
+        what = f"guesses are kept where they are the likeliest tokens, and temperature {temperature:g} draws others"
+        raise DanluError(what, where="--guess", fix="leave out --guess, or --temperature")
+    with closing(open_backend(ref, context=context, threads=threads, guesses=guesses)) as backend:
         sampling = Sampling(max_tokens or backend.context, temperature, top_p, seed)
         conversation = Conversation(backend, sampling, backend.system if system is None else system)
         if prompt is not None:
@@ -225,10 +231,11 @@ def _take_turn(conversation: Conversation, question: str, as_json: bool) -> None
                     print(text, end="", flush=True)
     finally:
         result(json.dumps(turn.plain(), ensure_ascii=False) if as_json else "")
-        _say_what_it_took(turn, conversation.backend.context)
+        _say_what_it_took(turn, conversation.backend)
 
 
-def _say_what_it_took(turn: Turn, context: int) -> None:
+def _say_what_it_took(turn: Turn, backend: Backend) -> None:
+    context, tally = backend.context, backend.tally
     used = turn.prompt_tokens + turn.tokens
     if turn.finish == "length":
         full = used >= context
@@ -239,4 +246,6 @@ def _say_what_it_took(turn: Turn, context: int) -> None:
         )
     speed = f", {turn.speed:,.1f} token/s" if turn.speed else ""
     stopped = ", interrupted" if turn.finish == "interrupted" else ""
-    say(f"[{turn.tokens:,} tokens{speed}, first after {turn.waited:.2f} s; context {used:,} of {context:,}{stopped}]")
+    kept = "" if tally is None else f"; {tally.kept:,} of {tally.guessed:,} guesses were right"
+    first = f"first after {turn.waited:.2f} s"
+    say(f"[{turn.tokens:,} tokens{speed}, {first}{kept}; context {used:,} of {context:,}{stopped}]")

@@ -36,10 +36,10 @@ def text_prompt(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:
     return ids
 
 
-def room(backend: Backend, prompt: list[int]) -> int:
-    """How many tokens an answer may have; raises DanluError where the prompt leaves none."""
+def room(backend: Backend, prompt: list[int], answer: int = 1) -> int:
+    """How many tokens an answer may have; raises DanluError where the prompt leaves less than `answer`."""
     left = backend.context - len(prompt)
-    if left < 1:
+    if left < answer:
         raise DanluError(
             f"{len(prompt)} tokens do not fit: this model's context holds {backend.context}, the answer included",
             fix="shorten the prompt, or start with a longer --context",

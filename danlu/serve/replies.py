@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from danlu.console import complain
 from danlu.serve.line import Job
+from danlu.serve.ranked import Names, Ranked, chat_logprobs, text_logprobs
 from danlu.serve.requests import ApiError, GenerationRequest
 from danlu.serve.text import Backend, Piece, Sampling, answer
 
@@ -30,6 +31,7 @@ class Shape:
     part: Callable[[str], dict[str, Any]]
     opening: dict[str, Any] | None
     closing: dict[str, Any]
+    logprobs: Callable[[Iterable[Ranked], Names], dict[str, Any]]
 
 
 CHAT = Shape(
@@ -40,6 +42,7 @@ CHAT = Shape(
     part=lambda text: {"delta": {"content": text}},
     opening={"delta": {"role": "assistant", "content": ""}},
     closing={"delta": {}},
+    logprobs=chat_logprobs,
 )
 TEXT = Shape(
     prefix="cmpl",
@@ -49,6 +52,7 @@ TEXT = Shape(
     part=lambda text: {"text": text},
     opening=None,
     closing={"text": ""},
+    logprobs=text_logprobs,
 )
 
 
@@ -61,18 +65,29 @@ class Task:
         choices: a prompt's token ids and how to sample, for every choice in order.
         prompt_tokens: each prompt counted once, however many choices are made of it.
         stops: strings that end a choice.
+        ranking: against how many of the likeliest each token is rated; None for no `logprobs`.
+        echo: choices begin with their prompt.
+        names: how tokens are written in `logprobs`.
     """
 
     shape: Shape
     choices: list[tuple[list[int], Sampling]]
     prompt_tokens: int
     stops: list[str]
+    ranking: int | None
+    echo: bool
+    names: Names
 
     def pieces(self, backend: Backend) -> Generator[tuple[int, Piece], None, None]:
         """One choice after the other: (its index, what one more token brought)."""
         for index, (prompt, sampling) in enumerate(self.choices):
-            for piece in answer(backend, prompt, sampling, self.stops, joined=self.shape is TEXT):
+            joined = self.shape is TEXT
+            for piece in answer(backend, prompt, sampling, self.stops, joined, self.ranking, self.echo):
                 yield index, piece
+
+    def logprobs(self, ranked: list[Ranked]) -> dict[str, Any] | None:
+        """A choice's object of that name, or that of a part of it; None where nothing is rated."""
+        return self.shape.logprobs(ranked, self.names) if self.ranking is not None else None
 
     def usage(self, made: int) -> dict[str, int]:
         """The usage object for `made` tokens of answer."""
@@ -108,12 +123,19 @@ def _head(asked: GenerationRequest, shape: Shape, kind: str) -> dict[str, Any]:
 async def whole_answer(asked: GenerationRequest, task: Task, job: Pieces) -> dict[str, Any]:
     """The answer as one object."""
     texts: dict[int, str] = defaultdict(str)
+    ranked: dict[int, list[Ranked]] = defaultdict(list)
     last: dict[int, Piece] = {}
     async for index, piece in job:
         texts[index] += piece.text
+        ranked[index] += piece.ranked
         last[index] = piece
     choices = [
-        {"index": index, **task.shape.whole(texts[index]), "logprobs": None, "finish_reason": piece.finish}
+        {
+            "index": index,
+            **task.shape.whole(texts[index]),
+            "logprobs": task.logprobs(ranked[index]),
+            "finish_reason": piece.finish,
+        }
         for index, piece in last.items()
     ]
     usage = task.usage(sum(piece.tokens for piece in last.values()))
@@ -121,21 +143,28 @@ async def whole_answer(asked: GenerationRequest, task: Task, job: Pieces) -> dic
 
 
 async def event_stream(asked: GenerationRequest, task: Task, job: Pieces) -> AsyncIterator[str]:
-    """The answer as server-sent events, one for every piece of text; an engine's error is the last event."""
+    """The answer as server-sent events, one for every piece of text; an engine's error is the last event.
+
+    Ratings of tokens that give no text yet come with the next text, or with the end.
+    """
     head = _head(asked, task.shape, task.shape.part_object)
     with_usage = asked.stream_options is not None and asked.stream_options.include_usage
     if with_usage:
         head["usage"] = None
     opened, made = set(), 0
+    waiting: list[Ranked] = []
 
     def event(index: int, body: dict[str, Any], finish: str | None = None) -> str:
-        return _event(head | {"choices": [{"index": index, **body, "logprobs": None, "finish_reason": finish}]})
+        logprobs = task.logprobs(waiting) if waiting else None
+        waiting.clear()
+        return _event(head | {"choices": [{"index": index, **body, "logprobs": logprobs, "finish_reason": finish}]})
 
     try:
         async for index, piece in job:
             if index not in opened and task.shape.opening is not None:
                 yield event(index, task.shape.opening)
             opened.add(index)
+            waiting += piece.ranked
             if piece.text:
                 yield event(index, task.shape.part(piece.text))
             if piece.finish:

@@ -11,6 +11,8 @@ MOST_CHOICES = 8
 MOST_PROMPTS = 64
 MOST_STOPS = 16
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
+MOST_CHAT_RANKED = 20  # OpenAI's limit for a chat's top_logprobs
+MOST_RANKED = 1024  # logprobs of /v1/completions: a teacher may be asked for more than OpenAI's 5
 
 # Parameters that do not change the answer, and values of others that ask for nothing special.
 HARMLESS = frozenset(
@@ -26,8 +28,6 @@ HARMLESS = frozenset(
 )
 NEUTRAL: dict[str, tuple[object, ...]] = {
     "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "functions": ([],),
@@ -35,7 +35,6 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "store": (False,),
-    "echo": (False,),
     "suffix": ("",),
 }
 
@@ -64,6 +63,11 @@ def _unsupported(name: str, value: object) -> bool:
     if value is None or name in HARMLESS:
         return False
     return not any(value == fine and type(value) is type(fine) for fine in NEUTRAL.get(name, ()))
+
+
+def _off_is_none(value: object) -> object:
+    """`logprobs: false` asks for none, also where a number is meant."""
+    return None if value is False else value
 
 
 def _as_list(value: object) -> object:
@@ -140,11 +144,14 @@ class GenerationRequest(_Asked):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    return_tokens_as_token_ids: bool | None = None
 
     @model_validator(mode="after")
-    def _options_belong_to_a_stream(self) -> GenerationRequest:
+    def _options_belong_to_something(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("stream_options", "stream_options needs stream: true")
+        if self.return_tokens_as_token_ids and self.ranking is None:
+            raise PydanticCustomError("as_ids", "return_tokens_as_token_ids needs logprobs")
         return self
 
     @property
@@ -152,32 +159,70 @@ class GenerationRequest(_Asked):
         """The most tokens an answer may have, where the client set it."""
         return self.max_tokens
 
+    @property
+    def ranking(self) -> int | None:
+        """Against how many of the likeliest tokens each one is rated; None for no `logprobs`."""
+        return None
+
+    @property
+    def echoing(self) -> bool:
+        """Whether the answer begins with the prompt."""
+        return False
+
 
 class ChatRequest(GenerationRequest):
     """The body of /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_CHAT_RANKED)] | None = None
 
     @model_validator(mode="after")
     def _one_limit(self) -> ChatRequest:
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise PydanticCustomError("limit", "set max_tokens or max_completion_tokens, not both")
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "top_logprobs needs logprobs: true")
         return self
 
     @property
     def limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
+    @property
+    def ranking(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
 
 class CompletionRequest(GenerationRequest):
     """The body of /v1/completions."""
 
     prompt: Annotated[list[str | list[int]], BeforeValidator(_as_prompts), Field(min_length=1, max_length=MOST_PROMPTS)]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    logprobs: Annotated[
+        Annotated[int, Field(ge=0, le=MOST_RANKED)] | None,
+        BeforeValidator(_off_is_none),
+    ] = None
+    echo: bool | None = None
+
+    @model_validator(mode="after")
+    def _something_to_answer(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise PydanticCustomError("max_tokens", "max_tokens: 0 leaves nothing to answer without echo: true")
+        return self
 
     @property
     def limit(self) -> int | None:
-        return self.max_tokens or COMPLETION_TOKENS
+        return COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+
+    @property
+    def ranking(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def echoing(self) -> bool:
+        return bool(self.echo)
 
 
 Asked = TypeVar("Asked", bound=GenerationRequest)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import uvicorn
     from starlette.applications import Starlette
 
+    from danlu.serve.backend import Guesses
+
 GRACE = 10  # seconds that answers under way have to finish when the server ends
 LAST_WORDS = 5  # seconds to tell their clients after that
 TOKEN = "DANLU_TOKEN"
@@ -33,6 +35,7 @@ def run_server(
     context: int | None = None,
     threads: int | None = None,
     waiting: int = 16,
+    guesses: Guesses | None = None,
 ) -> None:
     """Serve a model over HTTP until SIGINT or SIGTERM.
 
@@ -44,6 +47,7 @@ def run_server(
         context: tokens of prompt and answer together; None leaves it to the model.
         threads: CPU threads; None leaves them to the engine.
         waiting: requests that may wait for their turn; one more gets a 503.
+        guesses: guess answers at temperature 0 ahead; others are answered as without.
 
     Raises DanluError where the port is taken, the address is not this machine's or needs a token, or there is no model.
     """
@@ -57,7 +61,7 @@ def run_server(
 
     token = token or os.environ.get(TOKEN) or None
     with listen(host, port, token) as listener:
-        backend = open_backend(ref, context=context, threads=threads)
+        backend = open_backend(ref, context=context, threads=threads, guesses=guesses)
         app = make_app(backend, token=token, waiting=waiting)
         address, port = listener.getsockname()[:2]
         place = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"

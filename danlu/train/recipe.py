@@ -93,7 +93,7 @@ class ObjectiveSettings(Settings):
         None,
         min_length=1,
         description="a trained model with the same words or labels, named as a base is, whose probabilities are learned"
-        " besides (arXiv:1503.02531)",
+        " besides (arXiv:1503.02531); or the directory of what a teacher behind a server told (danlu compress distill)",
     )
     temperature: float | None = Field(
         None,

@@ -62,7 +62,8 @@ def test_a_missed_target_leaves_a_whole_certificate(
     stages: dict[str, Path], tuned: Checkpoint, served: Path, tmp_path: Path
 ) -> None:
     target = Target(memory="1GB", speed=1e6, file_size=1000)
-    figures = certify(SMALL.model_copy(update={"parity_prompts": 0}), target, tuned, served, stages["data"], tmp_path)
+    settings = SMALL.model_copy(update={"parity_prompts": 0, "guesses": True})
+    figures = certify(settings, target, tuned, served, stages["data"], tmp_path)
     certificate = certificate_of(tmp_path)
     assert figures["passed"] is certificate["passed"] is False
     verdicts = {line["name"]: line["passed"] for line in certificate["lines"]}
@@ -72,6 +73,7 @@ def test_a_missed_target_leaves_a_whole_certificate(
     assert error is not None and error.exit_code == 1 and "decoding" in str(error)
     assert figures["decode_share_of_ceiling"]["value"] > 0
     assert figures["file_size"]["value"] == served.stat().st_size
+    assert certificate["figures"]["decode_guessing"]["value"] > 0 and 0 <= figures["guesses_kept"]["value"] <= 1
 
 
 def test_documents_are_those_our_model_is_scored_on(stages: dict[str, Path], tuned: Checkpoint, tmp_path: Path) -> None:

@@ -52,6 +52,17 @@ def test_speed_is_a_median_with_its_range(measured: Measurement) -> None:
         assert made["unit"] == "token/s" and "median of 2" in made["by"]
 
 
+def test_work_is_told_as_processor_time_and_energy_where_it_is_counted(measured: Measurement) -> None:
+    work = measured.processor_figure()
+    assert 0 < work["low"] <= work["value"] <= work["high"] and work["unit"] == "s/token"
+    # Threads compute and wait at most all the time that a token takes.
+    busy = [each * rate for each, rate in zip(measured.processor, measured.decode, strict=True)]
+    assert max(busy) < 1.1 * measured.threads
+    counted = replace(measured, energy=[0.2, 0.4, 0.3]).energy_figure()
+    assert counted is not None and (counted["low"], counted["value"], counted["high"]) == (0.2, 0.3, 0.4)
+    assert replace(measured, energy=[]).energy_figure() is None
+
+
 def test_an_error_comes_through(tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"GGUF")

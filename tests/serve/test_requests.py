@@ -36,7 +36,9 @@ def refused(kind: type[ChatRequest] | type[CompletionRequest], body: bytes) -> A
         ({"stream": "yes"}, "stream"),
         ({"frequency_penalty": 3}, "frequency_penalty"),
         ({"logit_bias": {"5": 100}}, "logit_bias"),
-        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 5}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"echo": True}, "echo"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"top_k": 5}, "top_k"),
@@ -63,6 +65,23 @@ def test_what_is_no_request(body: bytes) -> None:
     assert refused(ChatRequest, body).param is None
 
 
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [({"logprobs": True}, "logprobs"), ({"logprobs": -1}, "logprobs"), ({"logprobs": 1025}, "logprobs"),
+     ({"top_logprobs": 2}, "top_logprobs"), ({"echo": 1}, "echo"), ({"max_tokens": -1}, "max_tokens")],
+)  # fmt: skip
+def test_wrong_completion_parameters_are_named(change: dict[str, Any], param: str) -> None:
+    assert refused(CompletionRequest, json.dumps(TEXT | change).encode()).param == param
+
+
+def test_what_needs_something_else_is_refused_without_it() -> None:
+    assert "needs logprobs" in str(refused(ChatRequest, json.dumps(CHAT | {"top_logprobs": 3}).encode()))
+    assert "echo: true" in str(refused(CompletionRequest, json.dumps(TEXT | {"max_tokens": 0}).encode()))
+    for kind, body in ((ChatRequest, CHAT), (CompletionRequest, TEXT)):
+        asked = json.dumps(body | {"return_tokens_as_token_ids": True}).encode()
+        assert "needs logprobs" in str(refused(kind, asked))
+
+
 def test_two_limits_or_options_without_a_stream_are_refused() -> None:
     refused(ChatRequest, json.dumps(CHAT | {"max_tokens": 3, "max_completion_tokens": 4}).encode())
     refused(ChatRequest, json.dumps(CHAT | {"stream_options": {"include_usage": True}}).encode())
@@ -78,7 +97,9 @@ def test_nan_is_no_temperature() -> None:
 def test_what_asks_for_nothing_special_is_taken() -> None:
     nothing = {"user": "u", "logprobs": False, "tools": [], "logit_bias": {}, "response_format": {"type": "text"}}
     taken = parse(ChatRequest, json.dumps(CHAT | nothing | {"stop": "END", "temperature": 1}).encode())
-    assert (taken.stop, taken.temperature, taken.limit) == (["END"], 1.0, None)
+    assert (taken.stop, taken.temperature, taken.limit, taken.ranking) == (["END"], 1.0, None, None)
+    plain = parse(CompletionRequest, json.dumps(TEXT | {"logprobs": False, "echo": False}).encode())
+    assert (plain.ranking, plain.echoing) == (None, False)
 
 
 def test_content_parts_and_the_developer_role() -> None:

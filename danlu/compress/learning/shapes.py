@@ -28,14 +28,13 @@ from danlu.artifact import (
     write_json,
 )
 from danlu.compress.learning.distill import Teaching, distill
-from danlu.compress.learning.supernet import part_bytes, part_model, put_in_order, save_part, workload
+from danlu.compress.learning.supernet import in_order, part_bytes, part_model, save_part, sizes, workload
 from danlu.compress.learning.tuning import Tuning, heldout_rows, keep_to, note, row_losses, tune
 from danlu.console import progress, say, table
 from danlu.device.profile import DeviceProfile
 from danlu.errors import DanluError
 from danlu.model.checkpoint import Checkpoint, save_checkpoint
 from danlu.model.config import ModelConfig
-from danlu.settings import read_bytes
 from danlu.train.objectives.elastic import block_weights, parts_of
 from danlu.train.recipe import ElasticSettings
 
@@ -155,7 +154,7 @@ def find_shape(
     settings |= {"tuning": vars(tuning), "teaching_steps": teaching_steps or tuning.steps, "finalists": finalists}
     out.mkdir(parents=True, exist_ok=True)
     keep_to(out / SEARCH, json.dumps({"model": model.digest, **settings}, indent=2) + "\n")
-    recipe = tuning.recipe(_in_order(model, out / "ordered"), {"elastic": asked.plain()}, "supernet")
+    recipe = tuning.recipe(in_order(model, out / "ordered"), {"elastic": asked.plain()}, "supernet")
     whole = tune(recipe, out / "supernet")
     note(out / "supernet", "supernet", {"model": model.digest}, {})
     rows, net = heldout_rows(recipe, out / "supernet"), whole.load()
@@ -178,15 +177,6 @@ def find_shape(
     )  # fmt: skip
     write_json(out / CARD, card)
     return Found(out / "model", ranked, order, figures)
-
-
-def _in_order(model: Checkpoint, out: Path) -> Checkpoint:
-    """The model with what matters most in front, written once."""
-    if not (out / "config.json").is_file():
-        net = model.load()
-        put_in_order(net)
-        save_checkpoint(net, model.tokenizer, out)
-    return Checkpoint.open(out)
 
 
 def _teach(one: Candidate, whole: Checkpoint, budget: Tuning, out: Path, number: int) -> tuple[Checkpoint, float]:
@@ -236,26 +226,11 @@ def _child(parent: ModelConfig, allowed: Sequence[ModelConfig], chance: random.R
     return chance.choice([part for part in allowed if changed(part) == 1] or list(allowed))
 
 
-def sizes(part: ModelConfig) -> tuple[int, int, int, int]:
-    """What a search changes."""
-    return part.layers, part.heads, part.feedforward_width, part.width
-
-
 def kendall(before: Sequence[float], after: Sequence[float]) -> float:
     """Kendall's tau: pairs in the same order less those in the other, of all; 1 where there are no pairs."""
     pairs = [(i, j) for i in range(len(before)) for j in range(i)]
     agreed = sum(1 if (before[i] - before[j]) * (after[i] - after[j]) > 0 else -1 for i, j in pairs)
     return agreed / len(pairs) if pairs else 1.0
-
-
-def read_size(text: str | None) -> int | None:
-    """ "20MB" -> 20,000,000. Raises DanluError where it is no size."""
-    try:
-        size = read_bytes(text)
-    except ValueError as error:
-        raise DanluError(str(error), where="--memory") from None
-    assert size is None or isinstance(size, int)
-    return size
 
 
 def print_found(found: Found) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from danlu.compress.pruning.fitted import READERS, WRITERS
 from danlu.device.stack import bytes_per_weight
 from danlu.device.workload import Matrix, Workload
 from danlu.model.checkpoint import Checkpoint, save_checkpoint
@@ -16,8 +17,6 @@ from danlu.model.stored import without_memory
 from danlu.model.transformer import Decoder
 from danlu.train.objectives.elastic import part_weights
 
-READERS = ("attention.query", "attention.key", "attention.value", "feedforward.gate", "feedforward.up")  # of the stream
-WRITERS = ("attention.output", "feedforward.down")
 NORMS = ("attention_norm", "feedforward_norm", "attention_norm_after", "feedforward_norm_after", "norm")
 
 
@@ -33,6 +32,15 @@ def put_in_order(model: Decoder) -> None:
         for layer in range(model.config.layers):
             _order_inner(weights, f"blocks.{layer}.", model.config)
         _order_features(weights)
+
+
+def in_order(model: Checkpoint, out: Path) -> Checkpoint:
+    """A model with what matters most in front, as a directory that is written once."""
+    if not (out / "config.json").is_file():
+        net = model.load()
+        put_in_order(net)
+        save_checkpoint(net, model.tokenizer, out)
+    return Checkpoint.open(out)
 
 
 def _order_inner(weights: Mapping[str, Tensor], prefix: str, config: ModelConfig) -> None:
@@ -90,6 +98,11 @@ def save_part(whole: Checkpoint, part: ModelConfig, out: Path) -> Checkpoint:
     """Write a part of a model as an ordinary Hugging Face directory."""
     save_checkpoint(part_model(whole.load(), part), whole.tokenizer, out)
     return Checkpoint.open(out)
+
+
+def sizes(part: ModelConfig) -> tuple[int, int, int, int]:
+    """Layers, query heads, channels and width: what parts differ in."""
+    return part.layers, part.heads, part.feedforward_width, part.width
 
 
 def workload(part: ModelConfig, form: str) -> Workload:

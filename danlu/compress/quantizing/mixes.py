@@ -11,6 +11,7 @@ from danlu.compress.quantizing.formats.known import FORMATS, Format, fitting, fo
 from danlu.errors import DanluError, nearest
 from danlu.gguf_header import read_header
 from danlu.model.checkpoint import Checkpoint
+from danlu.model.config import ModelConfig
 from danlu.model.families.known import family_for
 from danlu.model.gguf import EXACT
 from danlu.model.stored import without_memory
@@ -21,8 +22,13 @@ PLAIN = "f32"
 
 def matrices(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
     """Names in the model and shapes of all that can be rounded: vectors, routers, learned positions stay fp32."""
-    names = family_for(checkpoint.config).gguf_names
-    shapes = {name: tuple(weight.shape) for name, weight in without_memory(checkpoint.config).state_dict().items()}
+    return matrices_of(checkpoint.config)
+
+
+def matrices_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The same of a model that need not be there."""
+    names = family_for(config).gguf_names
+    shapes = {name: tuple(weight.shape) for name, weight in without_memory(config).state_dict().items()}
     return {
         name: shape
         for name, shape in shapes.items()

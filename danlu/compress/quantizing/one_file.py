@@ -33,6 +33,7 @@ def quantize_file(
     out: Path,
     tokens: int,
     steps: int,
+    rank: int = 0,
 ) -> dict[str, Any]:
     """Quantise, measure on the held-out text where there is one, and write FILE.card.json; the card.
 
@@ -47,10 +48,10 @@ def quantize_file(
     text = read_text(calibration)
     documents = [] if heldout is None else heldout_documents(checkpoint, text, read_text(heldout))
     types = types_of(like, checkpoint) if like is not None else str(type)
-    made = quantize_model(checkpoint, types, text, out, tokens, steps)
+    made = quantize_model(checkpoint, types, text, out, tokens, steps, rank)
     card = make_card(
         "quantized",
-        {"types": types, "tokens": made.tokens, "tuning_steps": steps},
+        {"types": types, "tokens": made.tokens, "tuning_steps": steps, "adapter_rank": rank},
         {"model": checkpoint.digest} | _digests(calibration=calibration, heldout=heldout),
         code_version("compress/quantizing/one_file"),
         _figures(checkpoint, made, documents),

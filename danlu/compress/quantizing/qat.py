@@ -2,8 +2,8 @@
 
 The original teaches by its own probabilities. Codes stay; each block of them learns a gain of its step (and of what is
 added), as in the last phase of EfficientQAT (arXiv:2407.11062): continuous numbers, 1/32 of the weights or fewer, which
-a few hundred gradients can better. Codes passed by straight-through (arXiv:1308.3432) only got worse in so few steps;
-norms and biases learn a gain of each number too.
+a few hundred gradients can better. Codes passed by straight-through (arXiv:1308.3432) only got worse in so few steps
+(adapting.py moves them by another way); norms and biases learn a gain of each number too.
 """
 
 from __future__ import annotations
@@ -15,18 +15,12 @@ from torch import Tensor
 
 from danlu.compress.quantizing.formats.grid import Grid
 from danlu.compress.quantizing.formats.known import Format
+from danlu.compress.quantizing.lesson import Lesson
 from danlu.compress.quantizing.rounding import Rounded
 from danlu.compress.quantizing.spool import Spool
 from danlu.model.checkpoint import Checkpoint
-from danlu.model.head import WordHead
-from danlu.model.loss import Taught, linear_distillation
-from danlu.model.stored import without_memory
-from danlu.model.transformer import Decoder
 
-ROWS = 2  # of the calibration text, computed at once
-STEP_ROWS = 4  # of one step
 RATE = 3e-4  # relative change of a number a step, rising at first, then falling to 0
-WARMUP = 0.1  # of all steps
 FIRST, SECOND = 0.9, 0.95  # how slowly Adam's moments change
 TINY = 1e-20
 
@@ -101,8 +95,6 @@ class LearnedVector:
 def tune(checkpoint: Checkpoint, spool: Spool, rows: Tensor, steps: int, tick: Callable[[int, str], None]) -> None:
     """Tune the blocks of a rounded model, and its last norm; what they become replaces what lay in the spool.
 
-    Both models are computed in bf16.
-
     Args:
         checkpoint: the original.
         spool: with grids.
@@ -110,39 +102,23 @@ def tune(checkpoint: Checkpoint, spool: Spool, rows: Tensor, steps: int, tick: C
         steps: of 4 rows; all rows are seen once before any is seen again.
         tick: told of every step, with the divergence from the original.
     """
-    teacher, student, learned = checkpoint.load(torch.bfloat16), _student(checkpoint, spool), _learned(spool)
-    weights = dict(student.named_parameters())
-    for name, weight in weights.items():
-        weight.requires_grad_(name in learned)
-    for step, chosen in enumerate(_order(len(rows), steps * STEP_ROWS).split(STEP_ROWS)):
-        rate = RATE * min(1, (step + 1) / (WARMUP * steps)) * (1 - step / steps)
-        apart = sum(_add_gradients(student, teacher, part) for part in rows[chosen].split(ROWS))
+    lesson, learned = Lesson(checkpoint, spool), _learned(spool)
+    weights = {name: weight for name, weight in lesson.student.named_parameters() if name in learned}
+    for weight in weights.values():
+        weight.requires_grad_()
+    for share, apart in lesson.steps(rows, steps):
         for name, one in learned.items():
             gradient = weights[name].grad
             assert gradient is not None, f"{name} has no gradient"
-            one.learn(gradient.float(), rate)
+            one.learn(gradient.float(), RATE * share)
             weights[name].data.copy_(one.values())
             weights[name].grad = None
-        tick(1, f"{apart / rows[chosen].numel():.4f} nat from the original")
+        tick(1, f"{apart:.4f} nat from the original")
     for name, one in learned.items():
         if isinstance(one, LearnedMatrix):
             spool.keep(name, one.rounded(), one.form, spool.shapes[name])
         else:
             spool.keep_exact(name, one.values())
-
-
-def _order(rows: int, count: int) -> Tensor:
-    """Numbers of `count` rows: all in a random order, then in another one, and so on."""
-    turns = (torch.randperm(rows, generator=torch.Generator().manual_seed(turn)) for turn in range(count // rows + 1))
-    return torch.cat(list(turns))[:count]
-
-
-def _student(checkpoint: Checkpoint, spool: Spool) -> Decoder:
-    """The rounded model."""
-    model = without_memory(checkpoint.config)
-    model.load_state_dict({name: spool.values(name).bfloat16() for name in model.state_dict()}, assign=True)
-    assert isinstance(model, Decoder)
-    return model.eval()
 
 
 def _learned(spool: Spool) -> dict[str, LearnedMatrix | LearnedVector]:
@@ -155,21 +131,3 @@ def _learned(spool: Spool) -> dict[str, LearnedMatrix | LearnedVector]:
         elif isinstance(weight, Tensor) and weight.dim() == 1:
             made[name] = LearnedVector(weight)
     return made
-
-
-def _add_gradients(student: Decoder, teacher: Decoder, rows: Tensor) -> float:
-    """Adds the gradient of the divergence over these rows to the student's; its sum over tokens, in nat."""
-    assert isinstance(student.head, WordHead) and isinstance(teacher.head, WordHead)
-    with torch.no_grad():
-        known = teacher.head.features(teacher(rows).flatten(0, 1))
-    apart = linear_distillation(
-        student.head.features(student(rows).flatten(0, 1)),
-        student.head_weight,
-        rows.flatten(),  # of the hard loss, which has no share
-        student.head.bias,
-        Taught(known, teacher.head_weight, teacher.head.bias),
-        temperature=1.0,
-        alpha=1.0,
-    )
-    apart.backward()
-    return float(apart.detach())

@@ -6,7 +6,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,14 @@ from torch import Tensor
 from danlu.artifact import check_parent
 from danlu.compress.beside import Beside
 from danlu.compress.compensate import Inputs
+from danlu.compress.quantizing.adapting import adapt
+from danlu.compress.quantizing.blockwise import put, round_blocks
 from danlu.compress.quantizing.formats.known import Format
+from danlu.compress.quantizing.held import holds
+from danlu.compress.quantizing.lesson import STEP_ROWS
 from danlu.compress.quantizing.mixes import PLAIN, formats_for, head_of
-from danlu.compress.quantizing.qat import STEP_ROWS, tune
-from danlu.compress.quantizing.rounding import round_compensated, round_in_place, round_plainly
+from danlu.compress.quantizing.qat import tune
+from danlu.compress.quantizing.rounding import Rounded, round_compensated, round_plainly
 from danlu.compress.quantizing.spool import Spool
 from danlu.console import progress, say
 from danlu.errors import DanluError
@@ -30,7 +33,7 @@ from danlu.train.precision import choose_precision
 
 ROW = 512  # calibration tokens of a row
 FEWEST = 4096  # calibration tokens; fewer do not tell how inputs go together
-PIECE = 2**21  # numbers of a matrix rounded at once
+STRETCH = 2**16  # characters of a text encoded at once
 # What llama.cpp calls a file most of which has a format.
 FILE_TYPES = {"q2_k": "Q2_K_S", "q3_k": "Q3_K_S", "q4_k": "Q4_K_S", "q5_k": "Q5_K_S"}
 
@@ -74,6 +77,7 @@ def quantize_model(
     out: Path,
     tokens: int = 16_384,
     steps: int = 0,
+    rank: int = 0,
 ) -> Made:
     """Round a decoder's matrices, making up for errors on a text, and write a GGUF file.
 
@@ -88,9 +92,13 @@ def quantize_model(
         out: the file, written aside and renamed.
         tokens: of the text, at most; whole rows of 512 drawn evenly over it.
         steps: of tuning afterwards, each on 2,048 tokens of the whole text (danlu/compress/quantizing/qat.py).
+        rank: of adapters that learn in the first half of these steps and are then rounded in (adapting.py); 0 for none.
 
-    Raises DanluError where a type or matrix is not known, the text is too short, or llama.cpp would compute otherwise.
+    Raises DanluError where a type or matrix is not known, the text is too short, llama.cpp would compute otherwise, or
+    adapters have no step to learn in.
     """
+    if rank and steps < 2:
+        raise DanluError("adapters learn in the first half of the steps of tuning", where="--lora", fix="--tune 40")
     plan = {name: (asked, form) for name, asked, form in formats_for(checkpoint, types)}
     rows = calibration_rows(checkpoint, calibration, tokens)
     check_parent(out)
@@ -100,9 +108,9 @@ def quantize_model(
         with progress("quantize", config.layers + 1, "blocks") as tick, torch.no_grad():
             _round_all(checkpoint, {name: form for name, (_, form) in plan.items()}, rows, spool, tick.advance)
         if steps:
-            every = calibration_rows(checkpoint, calibration, steps * STEP_ROWS * ROW)
-            with progress("tune", steps, "steps") as tick:
-                tune(checkpoint, spool, every, steps, tick.advance)
+            _tune(
+                checkpoint, spool, calibration_rows(checkpoint, calibration, steps * STEP_ROWS * ROW), rows, steps, rank
+            )
         asked = Counter(asked for asked, _ in plan.values())
         write_weights(config, spool.weights, checkpoint.tokenizer, out, file_type=_file_type(asked))
     used = {name: PLAIN if form is None else form.kind.name.lower() for name, (_, form) in plan.items()}
@@ -111,6 +119,16 @@ def quantize_model(
     for (wanted, instead), count in Counter(other.values()).items():
         say(f"quantize: {count} matrices have rows that do not fill blocks of {wanted}: stored as {instead}")
     return Made(out, out.stat().st_size, dict(Counter(used.values())), dict(stand_ins), rows.numel())
+
+
+def _tune(checkpoint: Checkpoint, spool: Spool, text: Tensor, rows: Tensor, steps: int, rank: int) -> None:
+    """Adapters first, where they are asked for; then steps, norms and biases."""
+    first = steps // 2 if rank else 0
+    if first:
+        with progress("adapt", first + checkpoint.config.layers, "steps and blocks") as tick:
+            adapt(checkpoint, spool, text, rows, first, rank, tick.advance)
+    with progress("tune", steps - first, "steps") as tick:
+        tune(checkpoint, spool, text, steps - first, tick.advance)
 
 
 def _file_type(asked: Counter[str]) -> gguf.LlamaFileType:
@@ -123,14 +141,21 @@ def _file_type(asked: Counter[str]) -> gguf.LlamaFileType:
 
 def calibration_rows(checkpoint: Checkpoint, text: str, tokens: int) -> Tensor:
     """Rows of a text, int64 [rows, T], drawn evenly over it. Raises DanluError where it is too short."""
-    ids = checkpoint.tokenizer.encode(text, special=False)
+    ids = _encode(checkpoint, text)
     length = min(ROW, checkpoint.config.context)
     if len(ids) < FEWEST:
         what = f"the calibration text has {len(ids):,} tokens, and {FEWEST:,} are needed"
         raise DanluError(what, where="--calibration", fix="take more text of the kind that the model is for")
-    rows = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    rows = ids[: len(ids) // length * length].view(-1, length)
     count = min(len(rows), max(tokens // length, 1))
-    return rows[torch.linspace(0, len(rows) - 1, count).long()]
+    return rows[torch.linspace(0, len(rows) - 1, count).long()].long()
+
+
+def _encode(checkpoint: Checkpoint, text: str) -> Tensor:
+    """Token ids of a text, int32, encoded in stretches, as the tokenizer takes hundreds of bytes for each token."""
+    parts = (text[start : start + STRETCH] for start in range(0, len(text), STRETCH))
+    ids = [torch.tensor(checkpoint.tokenizer.encode(part, special=False), dtype=torch.int32) for part in parts]
+    return torch.cat(ids) if ids else torch.empty(0, dtype=torch.int32)
 
 
 def _round_all(
@@ -143,31 +168,17 @@ def _round_all(
     makers = checkpoint.model.makers(torch.float32)
     walk = Beside(checkpoint.config, makers, rows, choose_precision("auto")[0])
     walk.embed()
-    for turn in walk.blocks():
-        weights = dict(turn.block.named_parameters())
-        for names, inputs in turn.layers:
-            for name in (f"{name}.weight" for name in names):
-                _round(turn.prefix + name, weights.pop(name), forms, inputs, spool)
-        for name, weight in weights.items():
-            _round(turn.prefix + name, weight, forms, None, spool)
-        tick(1, turn.prefix.rstrip("."))
+    round_blocks(walk, forms, spool, _first, tick)
     ends, given = walk.end()
     head = head_of(forms)
     for name in [name for name in makers if name.startswith("embedding.")]:
-        _round(name, makers[name](), forms, given if name == head else None, spool)
+        put(name, makers[name](), forms, given if name == head else None, spool, _first)
     for name, matrix in ends.items():
-        _round(name, matrix, forms, given if name == head else None, spool)
+        put(name, matrix, forms, given if name == head else None, spool, _first)
     tick(1, "head")
 
 
-def _round(name: str, weight: Tensor, forms: Mapping[str, Format | None], inputs: Inputs | None, spool: Spool) -> None:
-    """Put a weight aside as its format has it, and make it that."""
-    form = forms.get(name)
-    if form is None:
-        spool.keep_exact(name, weight.data)
-        return
-    way = partial(round_plainly, form=form) if inputs is None else partial(round_compensated, form=form, inputs=inputs)
-    flat = weight.data.contiguous().view(-1, weight.shape[-1])
-    rounded = round_in_place(flat, max(PIECE // flat.shape[1], 1), way)
-    spool.keep(name, rounded, form, tuple(weight.shape))
-    weight.data = flat.view_as(weight)
+def _first(_name: str, weight: Tensor, _rows: slice, form: Format, inputs: Inputs | None) -> Rounded:
+    if inputs is None or holds(form, weight):
+        return round_plainly(weight, form)
+    return round_compensated(weight, form, inputs)

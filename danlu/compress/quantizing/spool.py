@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import gguf
-import numpy as np
 import torch
 from torch import Tensor
 
 from danlu.compress.quantizing.formats.grid import Grid
 from danlu.compress.quantizing.formats.known import Format
 from danlu.compress.quantizing.rounding import Rounded
-from danlu.model.gguf import Packed
+from danlu.gguf_numbers import dequantize
+from danlu.model.gguf import Packed, forget_pages
 
 
 @dataclass
@@ -40,7 +39,8 @@ class Spool:
         """Put a matrix, or a bank of them, of this shape aside; again, where its codes have changed."""
         file = self.folder / f"{name}.bin"
         rounded.packed.numpy().tofile(file)
-        data = torch.from_numpy(np.memmap(file, np.uint8, "r+")).view(*shape[:-1], -1)
+        mapped = torch.from_file(str(file), shared=True, size=rounded.packed.numel(), dtype=torch.uint8)
+        data = mapped.view(*shape[:-1], -1)
         self.weights[name], self.forms[name], self.shapes[name] = Packed(form.kind, data), form, shape
         if self.grids_too:
             self.grids[name] = rounded.grids
@@ -56,5 +56,6 @@ class Spool:
         weight = self.weights[name]
         if not isinstance(weight, Packed):
             return weight
-        made = gguf.dequantize(weight.data.reshape(-1, weight.data.shape[-1]).numpy(), weight.kind)
+        made = dequantize(weight.data.reshape(-1, weight.data.shape[-1]).numpy(), weight.kind)
+        forget_pages(weight.data)
         return torch.from_numpy(made).view(self.shapes[name])

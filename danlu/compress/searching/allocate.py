@@ -33,6 +33,11 @@ class Choices:
     options: tuple[tuple[str, ...], ...]
     costs: tuple[Floats, ...]
 
+    def named(self, chosen: Sequence[int]) -> dict[str, str]:
+        """The option of each matrix, by their names."""
+        rows = zip(self.names, self.options, chosen, strict=True)
+        return {name: options[number] for name, options, number in rows}
+
 
 @dataclass(frozen=True)
 class Answer:

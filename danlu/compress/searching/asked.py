@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
+
 from danlu.artifact import canonical, hash_file
 from danlu.compress.apart import check_apart
+from danlu.compress.quantizing.formats.known import FORMATS
 from danlu.compress.quantizing.quantizer import calibration_rows
 from danlu.compress.searching.settings import Preference, SearchSettings
 from danlu.device.engine import CACHES
@@ -17,6 +20,7 @@ from danlu.device.profile import DeviceProfile
 from danlu.device.settings import Target
 from danlu.device.texts import documents_of
 from danlu.errors import DanluError
+from danlu.gguf_header import read_header
 from danlu.model.checkpoint import Checkpoint
 
 KEPT_APART = 0.15  # of the calibration text, its end: candidates are compared on it, and nothing is fitted to it
@@ -50,11 +54,20 @@ class Asked:
             "calibration": hashlib.sha256(self.calibration.encode()).hexdigest(),
             "profile": self.profile and self.profile.plain(),
             "settings": self.settings.model_dump(
-                mode="json",
-                include={"types", "context", "threads", "gradient_tokens", "calibration_tokens", "chosen_tokens"},
+                mode="json", include={"context", "threads", "gradient_tokens", "calibration_tokens", "chosen_tokens"}
             ),
+            "types": self.types,
         }
         return canonical_digest(parts)[:12]
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """Number formats that are tried: those that were named; where none were, the usual ones and those that the
+        model's own file holds, which lose nothing."""
+        settings = self.settings
+        if "types" in settings.model_fields_set:
+            return settings.types
+        return tuple(dict.fromkeys([*settings.types, *own_types(self.checkpoint)]))
 
     @property
     def context(self) -> int:
@@ -66,6 +79,14 @@ class Asked:
         """What is bettered within the limits."""
         limited = self.target.memory or self.target.speed or self.target.file_size
         return self.settings.prefer or ("best" if limited else "smallest")
+
+
+def own_types(checkpoint: Checkpoint) -> list[str]:
+    """The number formats that matrices are stored in, of those that are known; none for a directory."""
+    if not checkpoint.path.is_file():
+        return []
+    kinds = {gguf.GGMLQuantizationType(tensor.type).name.lower() for tensor in read_header(checkpoint.path).tensors}
+    return sorted(kinds & set(FORMATS))
 
 
 def check(asked: Asked) -> None:

@@ -2,48 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from statistics import median
 
 import numpy as np
 
-from danlu.compress.searching.allocate import Answer, excess, solve
+from danlu.compress.searching.allocate import excess, solve
 from danlu.compress.searching.asked import Asked
 from danlu.compress.searching.costs import BYTES, DIVERGENCE, SECONDS, Costs
-from danlu.compress.searching.outcome import Outcome
+from danlu.compress.searching.outcome import Outcome, Told, choose
 from danlu.compress.searching.settings import Preference
+from danlu.compress.searching.starts import WHOLE, Start
 from danlu.device.engine import CACHES
-from danlu.device.verdict import amount
+from danlu.device.stack import bytes_per_weight
+from danlu.device.verdict import amount, worst_miss
 from danlu.errors import DanluError
 
 CLOCK_DOUBT = 1.15  # a speed further than this beyond what is told as possible is refused before the work
 ROOM = 0.995  # of a limit that a choice may take: what is told is not exact
 LOSS = 2.5  # nat a token, of a model whose own is not measured yet
+LEAST = 0.2  # of what is measured that rounding has brought in any case
+FIGURES: dict[Preference, int] = {"best": DIVERGENCE, "smallest": BYTES, "fastest": SECONDS}
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A format for each matrix of a model.
+
+    Attributes:
+        start: the model. forms: of its matrices. cache: of keys and values.
+        within: whether all limits are kept, as told.
+        told: of the whole.
+    """
+
+    start: Start
+    forms: dict[str, str]
+    cache: str
+    within: bool
+    told: Told
+
+    def is_of(self, outcome: Outcome) -> bool:
+        """Whether this is what was made there."""
+        return (self.start.name, self.forms, self.cache) == (outcome.start, outcome.forms, outcome.cache)
 
 
 def best_mix(
-    asked: Asked, costs: Costs, caches: dict[str, float], loss: float | None, rise: float
-) -> tuple[dict[str, str], str, Answer]:
-    """The format of each matrix, of keys and values, and what is told of the whole.
+    asked: Asked, starts: Sequence[Start], caches: Mapping[str, float], loss: float | None, rise: float
+) -> Mix:
+    """The best of all models, formats and caches.
 
     Args:
+        starts: models to choose from.
         caches: the divergence that each format of keys and values brings.
         loss: the original's, nat a token; None where it is not known yet.
         rise: of the loss, nat for each nat of divergence.
     """
-    figure_of: dict[Preference, int] = {"best": DIVERGENCE, "smallest": BYTES, "fastest": SECONDS}
-    smallest, choices = figure_of[asked.prefer], costs.choices()
-    found: list[tuple[bool, float, str, Answer]] = []
-    for cache, own in caches.items():
+    smallest = FIGURES[asked.prefer]
+    found: list[tuple[bool, float, Mix]] = []
+    for start, cache in product(starts, caches):
+        costs, choices, own = start.costs, start.costs.choices(), start.own + caches[cache]
         limits = _limits(asked, costs, cache, own, loss, rise)
         answer = solve(choices, limits, smallest)
-        score = float(answer.totals[smallest]) + (own if smallest == DIVERGENCE else 0.0)
+        forms = choices.named(answer.chosen)
+        told = costs.told(forms, cache, own)
+        held = told.bytes + costs.cache_bytes(cache, asked.context)
+        score = {DIVERGENCE: told.divergence, BYTES: held, SECONDS: told.seconds}[smallest]
         if not answer.within:
             score = excess(answer.totals, np.asarray(limits))
-        found.append((not answer.within, score, cache, answer))
-    _, _, cache, answer = min(found, key=lambda each: each[:2])
-    named = zip(choices.names, choices.options, answer.chosen, strict=True)
-    return {name: options[number] for name, options, number in named}, cache, answer
+        found.append((not answer.within, score, Mix(start, forms, cache, answer.within, told)))
+    return min(found, key=lambda each: each[:2])[2]
 
 
 def _limits(
@@ -57,8 +86,12 @@ def _limits(
     seconds = np.inf if target.speed is None else ROOM / target.speed - costs.rest_seconds(cache)
     if target.quality_loss is None or asked.prefer == "best":
         return np.inf, room, seconds  # the least divergence is wanted in any case
-    known = LOSS if loss is None else loss
-    return max(target.quality_loss * known / rise - own, 1e-9), room, seconds
+    return max(most_divergence(target.quality_loss, loss, rise) - own, 1e-9), room, seconds
+
+
+def most_divergence(quality_loss: float, loss: float | None, rise: float) -> float:
+    """The divergence, nat a token, that brings a rise of the loss by a share. See `best_mix`."""
+    return quality_loss * (LOSS if loss is None else loss) / rise
 
 
 def rise_by_divergence(outcomes: Sequence[Outcome]) -> float:
@@ -70,41 +103,84 @@ def rise_by_divergence(outcomes: Sequence[Outcome]) -> float:
     return float(np.clip(median(rates), 0.3, 3.0)) if rates else 1.0
 
 
-def correct(costs: Costs, outcomes: Sequence[Outcome]) -> Costs:
-    """Costs as whole files have corrected them; where the device is another one, its clock is left as it is."""
-    told = [costs.by_format(each.forms) for each in outcomes]
-    here = [1 / each.value("decode") for each in outcomes if "decode_here" not in each.figures]
-    expected = [
-        float(costs.totals(each.forms)[SECONDS]) + costs.rest_seconds(each.cache)
-        for each in outcomes
-        if "decode_here" not in each.figures
-    ]
-    pace = median([one / other for one, other in zip(here, expected, strict=True)]) if here else 1.0
-    return costs.corrected(told, [each.value("divergence") for each in outcomes], pace)
+def loss_of(outcomes: Sequence[Outcome]) -> float | None:
+    """The original's, nat a token; None where nothing was measured yet."""
+    return median([each.value("heldout_loss_original") for each in outcomes]) if outcomes else None
 
 
-def check_possible(asked: Asked, costs: Costs) -> None:
-    """Raise DanluError where no mix can meet a limit of memory or speed, naming the nearest and what it misses."""
-    target, choices = asked.target, costs.choices()
-    context = asked.context
-    least = sum(float(cost[BYTES].min()) for cost in choices.costs) + costs.fixed
-    cache = min(asked.settings.caches, key=lambda cache: costs.cache_bytes(cache, context))
-    held = least + costs.cache_bytes(cache, context)
-    fastest = 1 / (sum(float(cost[SECONDS].min()) for cost in choices.costs) + costs.rest_seconds(CACHES[0]))
+def most_own(asked: Asked, outcomes: Sequence[Outcome]) -> float:
+    """A smaller model whose own divergence, nat a token, is not below this cannot win.
+
+    Where quality is bettered that is what the best file has that meets the target, where a loss is allowed what that
+    comes to; else there is none.
+    """
+    if asked.prefer != "best":
+        allowed = asked.target.quality_loss
+        return np.inf if allowed is None else most_divergence(allowed, loss_of(outcomes), rise_by_divergence(outcomes))
+    if not outcomes:
+        return np.inf
+    best = choose(outcomes, asked.target, asked.prefer)
+    return np.inf if worst_miss(best.lines(asked.target)) else best.value("divergence")
+
+
+def correct(starts: Mapping[str, Start], caches: Mapping[str, float], outcomes: Sequence[Outcome]) -> dict[str, Start]:
+    """Costs as whole files have corrected them; where the device is another one, its clock is left as it is.
+
+    Args: starts: by name, those of all outcomes among them. caches: see `best_mix`.
+    """
+    told = [starts[each.start].costs.by_format(each.forms) for each in outcomes]
+    measured = [_by_rounding(each, starts[each.start], caches) for each in outcomes]
+    timed = [each for each in outcomes if "decode_here" not in each.figures]
+    rates = [1 / each.value("decode") / _seconds(starts[each.start].costs, each) for each in timed]
+    pace = median(rates) if rates else 1.0
+    return {name: replace(start, costs=start.costs.corrected(told, measured, pace)) for name, start in starts.items()}
+
+
+def _by_rounding(outcome: Outcome, start: Start, caches: Mapping[str, float]) -> float:
+    """The part of a file's divergence that rounding weights has brought."""
+    measured = outcome.value("divergence")
+    beside = start.own + caches[outcome.cache] + start.costs.by_inputs(outcome.forms)
+    return max(measured - beside, LEAST * measured)
+
+
+def _seconds(costs: Costs, outcome: Outcome) -> float:
+    return float(costs.totals(outcome.forms)[SECONDS]) + costs.rest_seconds(outcome.cache)
+
+
+def check_possible(asked: Asked, models: Mapping[str, Costs]) -> None:
+    """Raise DanluError where no mix of any of these models can meet a limit of memory or speed, naming the nearest.
+
+    Args: models: by name.
+    """
+    target, context = asked.target, asked.context
+    cache = min(asked.settings.caches, key=bytes_per_weight)
+    files = {name: _least(costs, BYTES) + costs.fixed for name, costs in models.items()}
+    held = {name: files[name] + costs.cache_bytes(cache, context) for name, costs in models.items()}
+    speeds = {name: 1 / (_least(costs, SECONDS) + costs.rest_seconds(CACHES[0])) for name, costs in models.items()}
+    smallest, fastest = min(held, key=held.__getitem__), max(speeds, key=speeds.__getitem__)
+    least, most, speed = files[smallest], held[smallest], speeds[fastest]
     short = []
-    if target.memory is not None and held > target.memory:
-        short.append(
-            f"memory: the smallest mix takes {amount(held, 'byte')}, {amount(least, 'byte')} of file and the rest for "
-            f"{context:,} tokens of keys and values as {cache}; {amount(target.memory, 'byte')} is asked"
-        )
-    if target.file_size is not None and least > target.file_size:
+    if target.memory is not None and most > target.memory:
+        parts = f"{amount(least, 'byte')} of file, the rest for {context:,} tokens of keys and values as {cache}"
+        wanted = f"{amount(target.memory, 'byte')} is asked"
+        short.append(f"memory: the smallest mix{_of(smallest)} takes {amount(most, 'byte')}, {parts}; {wanted}")
+    if target.file_size is not None and min(files.values()) > target.file_size:
         asked_for = amount(target.file_size, "byte")
-        short.append(f"file: the smallest mix takes {amount(least, 'byte')}; {asked_for} is asked")
-    if target.speed is not None and fastest * CLOCK_DOUBT < target.speed:
-        short.append(f"speed: the fastest mix is told to make {fastest:,.0f} token/s; {target.speed:,.0f} is asked")
+        short.append(f"file: the smallest mix takes {amount(min(files.values()), 'byte')}; {asked_for} is asked")
+    if target.speed is not None and speed * CLOCK_DOUBT < target.speed:
+        wanted = f"{target.speed:,.0f} is asked"
+        short.append(f"speed: the fastest mix{_of(fastest)} is told to make {speed:,.0f} token/s; {wanted}")
     if short:
         raise DanluError(
             "no mix of these formats can meet the target:" + "".join(f"\n  {each}" for each in short),
             where=asked.checkpoint.path,
             fix="ask for less, a shorter --context or smaller --types, or prune first: danlu compress vocabulary",
         )
+
+
+def _of(name: str) -> str:
+    return "" if name == WHOLE else f" of {name}"
+
+
+def _least(costs: Costs, figure: int) -> float:
+    return sum(float(cost[figure].min()) for cost in costs.choices().costs)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from danlu.compress.quantizing.mixes import head_of
+from danlu.compress.quantizing.mixes import head_of, matrices_of
 from danlu.compress.searching.allocate import Choices
-from danlu.compress.searching.sensitivity import EMBEDDING, Losses
+from danlu.compress.searching.sensitivity import EMBEDDING, Losses, formats
 from danlu.device.profile import DeviceProfile
 from danlu.device.stack import bytes_per_weight
 from danlu.device.workload import Matrix, Workload
@@ -24,13 +24,27 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class Told:
+    """What is told of a file before it is made.
+
+    Attributes:
+        divergence: nat a token. bytes: of the file. seconds: of a token in decoding.
+    """
+
+    divergence: float
+    bytes: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Costs:
     """What is known of a model's matrices on a device.
 
     Attributes:
         config: of the model.
         shapes: of its matrices.
-        losses: divergence told, nat a token.
+        losses: divergence told, nat a token, by rounding.
+        inputs: the same by rounding what matrices are multiplied with.
         profile: of the device.
         slopes: of each format, what divergence told is multiplied by.
         pace: what seconds told are multiplied by.
@@ -40,10 +54,17 @@ class Costs:
     config: ModelConfig
     shapes: Mapping[str, tuple[int, ...]]
     losses: Losses
+    inputs: Losses
     profile: DeviceProfile
     fixed: int
     slopes: Mapping[str, float]
     pace: float = 1.0
+
+    def of_config(self, config: ModelConfig, types: Sequence[str]) -> Costs:
+        """Of another shape of this model, whose divergences are not known and so 0."""
+        shapes = matrices_of(config)
+        losses = {name: dict.fromkeys(formats(types, shape[-1]), 0.0) for name, shape in shapes.items()}
+        return replace(self, config=config, shapes=shapes, losses=losses, inputs=losses)
 
     def choices(self) -> Choices:
         """All of it for `solve`."""
@@ -60,10 +81,15 @@ class Costs:
         looked_up = name == EMBEDDING and head_of(self.shapes) != EMBEDDING
         seconds = 0.0 if looked_up else self.pace * self.profile.matrix_seconds(Matrix(form, rows, columns))
         return (
-            self.losses[name][form] * self.slopes.get(form, 1.0),
+            self.losses[name][form] * self.slopes.get(form, 1.0) + self.inputs[name][form],
             rows * columns * bytes_per_weight(form),
             seconds,
         )
+
+    def told(self, forms: Mapping[str, str], cache: str, own: float) -> Told:
+        """Of a whole file, whose divergence beside rounding is `own`."""
+        divergence, size, seconds = (float(each) for each in self.totals(forms))
+        return Told(divergence + own, size + self.fixed, seconds + self.rest_seconds(cache))
 
     def rest_seconds(self, cache: str) -> float:
         """Seconds of a token beside matrices."""
@@ -86,6 +112,10 @@ class Costs:
         for name, form in forms.items():
             told[form] = told.get(form, 0.0) + self.losses[name][form]
         return told
+
+    def by_inputs(self, forms: Mapping[str, str]) -> float:
+        """The divergence that rounding inputs brings, nat a token."""
+        return sum(self.inputs[name][form] for name, form in forms.items())
 
     def corrected(self, told: Sequence[Mapping[str, float]], measured: Sequence[float], pace: float) -> Costs:
         """With what files measured: divergences [files] beside those told by format, and how much slower they were."""

@@ -9,22 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from danlu.artifact import Figures, figure, write_json
+from danlu.compress.searching.costs import Told
 from danlu.compress.searching.settings import Preference
 from danlu.device.settings import Target
 from danlu.device.verdict import Line, amount, judge, worst_miss
-
-
-@dataclass(frozen=True)
-class Told:
-    """What was told of a file before it was made.
-
-    Attributes:
-        divergence: nat a token. bytes: of the file. seconds: of a token in decoding.
-    """
-
-    divergence: float
-    bytes: float
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -36,6 +24,7 @@ class Outcome:
         forms: the format of each matrix. cache: of keys and values.
         told: before it was made.
         figures: as measured: see danlu/device/proof.py.
+        start: the model that was rounded: see danlu/compress/searching/starts.py.
     """
 
     number: int
@@ -43,6 +32,7 @@ class Outcome:
     cache: str
     told: Told
     figures: Figures
+    start: str
 
     @classmethod
     def load(cls, path: Path) -> Outcome:
@@ -107,6 +97,7 @@ def plain(outcome: Outcome, target: Target, chosen: bool) -> dict[str, Any]:
         counts[form] = counts.get(form, 0) + 1
     return {
         "number": outcome.number,
+        "start": outcome.start,
         "formats": counts,
         "matrices": outcome.forms,
         "cache": outcome.cache,

@@ -5,6 +5,10 @@ of its weights is half the mean of (g^T E x)^2 (Fisher information, arXiv:1412.1
 outputs (K-FAC, arXiv:1503.05671) with the outputs' part on its diagonal. What compensation leaves of a rounding error
 e of column c is e^2 / U_cc^2, where U is the factor that compensates (danlu/compress/compensate.py). Rows are drawn by
 how much they count, as few tell the sum.
+
+llama.cpp also rounds what it multiplies such a matrix with to 8 bits, a step for each of the format's blocks. With u
+the gradient at a layer's inputs, that brings half the mean of u^2 x the variance of the error, which is told apart: no
+better weights would mend it.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from torch import Tensor, nn
 
 from danlu.compress.compensate import Inputs
 from danlu.compress.quantizing.formats.known import Format, fitting, format_of
-from danlu.compress.quantizing.mixes import matrices
+from danlu.compress.quantizing.mixes import head_of, matrices
 from danlu.compress.walk import Walk
 from danlu.console import progress
 from danlu.errors import DanluError
@@ -29,7 +33,22 @@ EMBEDDING = "embedding.tokens.weight"
 SAMPLE = 8  # rows of a matrix that are rounded to tell its error
 WORDS = 64  # rows of the embedding and head
 
+INPUT_BLOCKS = (32, 256)  # numbers that share a step, in inputs as in the weights of a format
+INPUT_LEVELS = 127  # of such a number, on either side of 0
+
 Losses = dict[str, dict[str, float]]  # matrix -> format -> divergence, nat a token
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """What each format of each matrix will cost.
+
+    Attributes:
+        rounding: by rounding its weights. inputs: by rounding what they are multiplied with.
+    """
+
+    rounding: Losses
+    inputs: Losses
 
 
 @dataclass
@@ -39,10 +58,13 @@ class _Outputs:
     Attributes:
         squares: by the layer's name; the embedding's are those of what it puts into the stream.
         head: of each word's logit, the mean of p (1 - p), fp32 [vocab].
+        inputs: by the layer's name and the block, the sum of squared gradients at its inputs x the variance that
+            rounding them to 8 bits brings.
         tokens: that were seen.
     """
 
     squares: dict[str, Tensor] = field(default_factory=dict)
+    inputs: dict[str, dict[int, float]] = field(default_factory=dict)
     head: Tensor = field(default_factory=lambda: torch.zeros(0))
     tokens: int = 0
 
@@ -50,8 +72,30 @@ class _Outputs:
         found = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(0)
         self.squares[name] = self.squares[name] + found if name in self.squares else found
 
+    def note_inputs(self, name: str, variances: Mapping[int, Tensor], gradient: Tensor) -> None:
+        """What `input_variances` gave, and the gradient there, [..., columns]."""
+        squares = gradient.reshape(-1, gradient.shape[-1]).float().square()
+        sums = self.inputs.setdefault(name, dict.fromkeys(variances, 0.0))
+        for block, variance in variances.items():
+            sums[block] += float((squares.unflatten(1, (-1, block)).sum(-1) * variance).sum())
 
-def sensitivities(checkpoint: Checkpoint, rows: Tensor, types: Sequence[str], seed: int = 0) -> Losses:
+    def of_inputs(self, name: str, types: Sequence[str], columns: int) -> dict[str, float]:
+        """What rounding a layer's inputs costs in each format, nat a token; nothing where rows are only looked up."""
+        sums = self.inputs.get(name, dict.fromkeys(INPUT_BLOCKS, 0.0))
+        return {kind: 0.5 / self.tokens * sums[form.block] for kind, form in formats(types, columns).items()}
+
+
+def input_variances(x: Tensor) -> dict[int, Tensor]:
+    """The variance of what rounding inputs, [..., columns], to 8 bits changes: by block, fp32 [tokens, blocks]."""
+    flat = x.detach().reshape(-1, x.shape[-1]).float()
+    return {
+        block: (flat.unflatten(1, (-1, block)).abs().amax(-1) / INPUT_LEVELS).square() / 12
+        for block in INPUT_BLOCKS
+        if flat.shape[1] % block == 0
+    }
+
+
+def sensitivities(checkpoint: Checkpoint, rows: Tensor, types: Sequence[str], seed: int = 0) -> Sensitivities:
     """The divergence that each matrix brings in each format.
 
     Args:
@@ -60,7 +104,7 @@ def sensitivities(checkpoint: Checkpoint, rows: Tensor, types: Sequence[str], se
         types: formats to try; where rows of a matrix do not fill their blocks, what stands in (formats/known.py).
         seed: of the words and rows drawn.
 
-    Returns: by the matrix's name, then by the format it would really get.
+    Returns: both by the matrix's name, then by the format it would really get.
 
     Raises DanluError where the model has matrices that are no ordinary layers.
     """
@@ -93,7 +137,8 @@ def sensitivities(checkpoint: Checkpoint, rows: Tensor, types: Sequence[str], se
         ends, given = walk.end()
         found |= _ends(words, ends, Inputs(given), rows, outputs, types, generator)
         tick.advance(1, "head")
-    return found
+    inputs = {name: outputs.of_inputs(name.removesuffix(".weight"), types, shapes[name][-1]) for name in found}
+    return Sensitivities(found, inputs)
 
 
 def formats(types: Sequence[str], columns: int) -> dict[str, Format]:
@@ -183,6 +228,7 @@ def _watch_outputs(checkpoint: Checkpoint, rows: Tensor, generator: torch.Genera
     model = checkpoint.load(torch.bfloat16).requires_grad_(False)
     outputs = _Outputs(head=torch.zeros(checkpoint.config.vocab_size))
     handles = list(_hooks(model, outputs))
+    head = head_of(matrices(checkpoint)).removesuffix(".weight")
     with progress("gradients", len(rows), "rows") as tick:
         for row in rows:
             hidden = model(row[None])[0]
@@ -190,7 +236,7 @@ def _watch_outputs(checkpoint: Checkpoint, rows: Tensor, generator: torch.Genera
             outputs.head += (guesses * (1 - guesses)).sum(0)
             chosen = torch.multinomial(guesses, 1, generator=generator)
             guesses.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=guesses.dtype))
-            _backward(model, hidden, guesses)
+            outputs.note_inputs(head, input_variances(hidden), _backward(model, hidden, guesses))
             outputs.tokens += len(row)
             tick.advance(1)
     for handle in handles:
@@ -198,16 +244,25 @@ def _watch_outputs(checkpoint: Checkpoint, rows: Tensor, generator: torch.Genera
     return outputs
 
 
-def _backward(model: Decoder, hidden: Tensor, gradient: Tensor) -> None:
-    """From the gradient at logits, fp32 [T, vocab], which is softmax - one_hot for a sum of losses."""
+def _backward(model: Decoder, hidden: Tensor, gradient: Tensor) -> Tensor:
+    """From the gradient at logits, fp32 [T, vocab], which is softmax - one_hot for a sum of losses. Returns the one at
+    what the head is given."""
     leaf = hidden.detach().requires_grad_()
     model.logits(leaf).backward(gradient.to(leaf.dtype))
+    assert leaf.grad is not None
     hidden.backward(leaf.grad)
+    return leaf.grad
 
 
 def _hooks(model: Decoder, outputs: _Outputs) -> Iterator[torch.utils.hooks.RemovableHandle]:
-    def watch(name: str, _module: nn.Module, _given: tuple[Tensor, ...], made: Tensor) -> None:
-        made.register_hook(partial(outputs.note, name))
+    def watch(name: str, module: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
+        variances = input_variances(given[0])
+
+        def note(gradient: Tensor) -> None:
+            outputs.note(name, gradient)
+            outputs.note_inputs(name, variances, gradient @ module.get_parameter("weight"))
+
+        made.register_hook(note)
 
     def begin(_module: nn.Module, _given: tuple[Tensor, ...], made: Tensor) -> Tensor:
         made = made.detach().requires_grad_()

@@ -20,6 +20,9 @@ class SearchSettings(Settings):
         description="number formats of matrices, as GGML calls them",
     )
     caches: tuple[str, ...] = Field(("f16", "q8_0"), min_length=1, description="number formats of keys and values")
+    pruning: tuple[str, ...] = Field(
+        ("auto",), description="smaller models to start from too: layers=28,channels=1408 (heads too), auto or none"
+    )
     context: int = Field(1024, ge=64, description="tokens that keys and values are held for; counts as memory")
     prefer: Preference | None = Field(
         None, description="what is bettered within the limits; by default quality where memory or speed is limited"
@@ -40,8 +43,8 @@ class SearchSettings(Settings):
 
 
 FAST = {
-    "candidates": 1, "gradient_tokens": 1024, "calibration_tokens": 4096, "chosen_tokens": 2048, "heldout_tokens": 4096,
-    "probe_rounds": 1, "answers": 8, "answer_tokens": 128,
+    "candidates": 1, "gradient_tokens": 1024, "calibration_tokens": 4096, "chosen_tokens": 1024, "heldout_tokens": 3072,
+    "probe_rounds": 1, "answers": 4, "answer_tokens": 128,
 }  # fmt: skip
 BEST = {
     "candidates": 1000, "minutes": 120, "gradient_tokens": 8192, "calibration_tokens": 16_384, "chosen_tokens": 8192,

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from danlu.compress.quantizing.formats.known import format_of
 from danlu.compress.searching.settings import BEST, FAST, SearchSettings
+from danlu.compress.searching.starts import AUTO, NONE, read_shape
 from danlu.device.settings import Target
 from danlu.errors import DanluError
 
@@ -47,6 +48,9 @@ def read_settings(fast: bool, best: bool, wishes: Mapping[str, Any]) -> SearchSe
             chosen[name] = tuple(part.strip().lower() for part in chosen[name].split(",") if part.strip())
     for type in chosen.get("types", ()):
         format_of(type)
+    for text in chosen.get("pruning", ()):
+        if text not in (AUTO, NONE):
+            read_shape(text)
     try:
         return SearchSettings.model_validate(chosen)
     except ValidationError as error:

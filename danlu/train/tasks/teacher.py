@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from danlu.data.told import ToldRows, is_told
 from danlu.errors import DanluError
 from danlu.model.checkpoint import StoredModel
 from danlu.model.config import ModelConfig
 from danlu.model.transformer import Decoder, Encoder, Model
 from danlu.plan.plan import Plan
+from danlu.tokenizer import Tokenizer
 from danlu.train.objective import Labels, Words
 from danlu.train.objectives.distillation import Distillation
 from danlu.train.objectives.elastic import Elastic
 from danlu.train.objectives.exits import EarlyExits
 from danlu.train.objectives.states import projections
-from danlu.train.recipe import ObjectiveSettings
+from danlu.train.objectives.told import ToldDistillation
+from danlu.train.recipe import ObjectiveSettings, TrainRecipe
 
 
 def add_projections(model: Model, asked: ObjectiveSettings) -> None:
@@ -43,10 +47,48 @@ def taught(hard: Words | Labels, asked: ObjectiveSettings, device: torch.device)
         return Elastic(hard, asked.elastic)
     if asked.teacher is None:
         return hard
+    if is_told(asked.teacher):
+        check_told(asked)
+        assert isinstance(hard, Words), "what was told is words"
+        return ToldDistillation(hard, asked.share)
     teacher = StoredModel.open(asked.teacher).load(device=device).requires_grad_(False)
     temperature = 2.0 if asked.temperature is None else asked.temperature
     reverse = asked.divergence == "reverse"
     return Distillation(hard, teacher, temperature, asked.share, reverse, asked.states, asked.own)
+
+
+def told_rows(settings: TrainRecipe, tokenizer: Tokenizer) -> ToldRows | None:
+    """The rows that a teacher was asked about, where the recipe's teacher is the directory of its answers.
+
+    Raises DanluError where the answers are of other words or rows, or do not hold what is asked of them.
+    """
+    asked, batch = settings.objective, settings.batch
+    if asked.teacher is None or not is_told(asked.teacher):
+        return None
+    check_told(asked)
+    rows = ToldRows.open(Path(asked.teacher), settings.seed)
+    rows.check_words(tokenizer)
+    if batch.growing or not batch.cross_documents or batch.window != rows.window:
+        what = f"the teacher was asked about windows of {rows.window:,} tokens, whole and across documents"
+        raise DanluError(what, where="batch", fix=f"set window to {rows.window}, and leave the rest of batch.window's")
+    return rows
+
+
+def check_told(asked: ObjectiveSettings) -> None:
+    """Raise DanluError where an objective needs more than the likeliest words, which is what a teacher has told."""
+    needing = {
+        f"kind {asked.kind}: it was asked for next tokens": asked.kind != "next_token",
+        f"temperature {asked.temperature}: what is left to all other words has no temperature": asked.temperature
+        not in (None, 1.0),
+        "divergence reverse: what is left to all other words is too inexact to divide by": asked.divergence
+        == "reverse",
+        "states: there are no hidden states": asked.states > 0,
+        "own: it cannot be asked about what is written now": asked.own > 0,
+    }
+    for why, holds in needing.items():
+        if holds:
+            what = f"a teacher's likeliest words are not enough for {why}"
+            raise DanluError(what, where="objective", fix="leave it out, or take a teacher whose weights are here")
 
 
 def check_teacher(asked: ObjectiveSettings, plan: Plan) -> None:

@@ -15,6 +15,7 @@ from danlu.data.pairs import PairBatch
 from danlu.data.settings import Side
 from danlu.data.stream import Batch
 from danlu.data.text_settings import TextSettings
+from danlu.data.told import ToldRows
 from danlu.data.vocabulary import learn_vocabulary
 from danlu.errors import DanluError
 from danlu.model.transformer import Model
@@ -24,7 +25,7 @@ from danlu.train.mesh import Mesh
 from danlu.train.objective import Words
 from danlu.train.recipe import TrainRecipe
 from danlu.train.replica import Replica
-from danlu.train.tasks.teacher import check_teacher, taught
+from danlu.train.tasks.teacher import check_teacher, taught, told_rows
 
 CORPUS = "corpus"
 VOCABULARY = "vocabulary"  # that several corpora share
@@ -38,6 +39,7 @@ class TextTask:
     corpora: dict[str, Corpus]
     weights: dict[str, float] | None
     sentinels: int
+    told: ToldRows | None = None  # learned from in place of the corpora's rows
     head: str = "words"
 
     @property
@@ -47,7 +49,8 @@ class TextTask:
     @property
     def identity(self) -> Any:
         sides = {name: corpus.index["sides"]["train"] for name, corpus in self.corpora.items()}
-        return {"corpora": sides, "weights": self.weights}
+        told = {} if self.told is None else {"told": self.told.digest}
+        return {"corpora": sides, "weights": self.weights} | told
 
     @property
     def keys(self) -> dict[str, Any]:
@@ -70,9 +73,11 @@ class TextTask:
 
     def stream(self, mesh: Mesh) -> Batches:
         batch, seed = self.settings.batch, self.settings.seed
+        if self.told is not None:
+            return MixtureStream({CORPUS: self.told}, batch.rows, None, mesh.reader, mesh.plan.readers)
 
         def rows_of(window: int, rows: int) -> MixtureStream:
-            return self._mixed(mesh, self._crops("train", window, seed), rows)
+            return self._mixed(mesh, self.crops("train", window, seed), rows)
 
         plain = growing(batch.growing, batch.rows * batch.window, rows_of) if batch.growing else None
         return self._corrupted(plain or rows_of(batch.window, batch.rows), mesh.reader)
@@ -80,7 +85,7 @@ class TextTask:
     def heldout(self, mesh: Mesh) -> Iterator[Any] | None:
         if not sum(len(corpus.side("heldout")) for corpus in self.corpora.values()):
             return None
-        rows, crops = self.settings.batch.rows, self._crops("heldout", self.settings.batch.window, None)
+        rows, crops = self.settings.batch.rows, self.crops("heldout", self.settings.batch.window, None)
         weights = self.weights or {name: len(one) for name, one in crops.items()}
         whole = min(len(one) * sum(weights.values()) / weights[name] for name, one in crops.items())
         count = min(self.settings.validation.rows, int(whole)) // rows
@@ -96,7 +101,8 @@ class TextTask:
     def test(self, model: Model) -> dict[str, float]:
         return {}
 
-    def _crops(self, side: Side, window: int, seed: int | None) -> dict[str, Crops]:
+    def crops(self, side: Side, window: int, seed: int | None) -> dict[str, Crops]:
+        """The rows of a side, by corpus; without a seed cut and ordered as they stand."""
         crossing = self.settings.batch.cross_documents
         return {name: Crops(one.side(side), window, seed, crossing) for name, one in self.corpora.items()}
 
@@ -135,7 +141,8 @@ def make_text_task(settings: TrainRecipe, data: TextSettings, home: Path) -> Tex
         sources = data.corpora[name].sources if data.corpora else data.sources
         build_corpus(data.one(sources, vocabulary), places[name])
     corpora = {name: Corpus.open(place) for name, place in places.items()}
-    return TextTask(settings, corpora, data.weights, _sentinels(corpora))
+    tokenizer = next(iter(corpora.values())).tokenizer
+    return TextTask(settings, corpora, data.weights, _sentinels(corpora), told_rows(settings, tokenizer))
 
 
 def _sentinels(corpora: dict[str, Corpus]) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -39,15 +40,23 @@ class Grid:
         made = step * self.levels[codes.int()]
         return made if low is None else made - low
 
+    def rows(self, chosen: slice) -> Grid:
+        """The grid of some of its rows."""
+        low = None if self.low is None else self.low[chosen]
+        stored = {name: each[chosen] for name, each in self.stored.items()}
+        return replace(self, step=self.step[chosen], low=low, stored=stored)
+
     @staticmethod
     def joined(grids: Sequence[Grid]) -> Grid:
         """One grid of all rows of several of one format."""
         first = grids[0]
         low = None if first.low is None else torch.cat([grid.low for grid in grids if grid.low is not None])
         stored = {name: torch.cat([grid.stored[name] for grid in grids]) for name in first.stored}
-        return Grid(first.levels, first.part, torch.cat([grid.step for grid in grids]), low, stored)
+        return replace(first, step=torch.cat([grid.step for grid in grids]), low=low, stored=stored)
 
     def _columns(self, start: int, count: int) -> tuple[Tensor, Tensor | None]:
+        if self.step.shape[1] == 1:
+            return self.step, self.low
         parts = torch.arange(start, start + count, device=self.step.device) // self.part
         return self.step[:, parts], None if self.low is None else self.low[:, parts]
 
@@ -59,6 +68,8 @@ class Form(Protocol):
     def block(self) -> int: ...
 
     def fit(self, x: Tensor, weight: Tensor) -> Grid: ...
+
+    def scaled(self, grid: Grid, gain: Tensor) -> Grid: ...
 
     def pack(self, codes: Tensor, grid: Grid) -> Tensor: ...
 
@@ -76,6 +87,7 @@ def nearest(x: Tensor, step: Tensor, levels: Tensor) -> Tensor:
     return table[(torch.floor(2 * scaled).clamp_(low, high) - low).int()]
 
 
+@lru_cache  # tensors are told apart by which they are, not by what they hold; formats have few
 def _is_even(levels: Tensor) -> bool:
     """Whether neighbours are 1 apart."""
     return float(levels[-1] - levels[0]) == len(levels) - 1

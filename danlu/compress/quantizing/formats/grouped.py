@@ -59,6 +59,10 @@ class Grouped:
         step = fit_step(x, weight, self.levels, self._stored)
         return Grid(self.levels, self.block, step[:, None], None, {})
 
+    def scaled(self, grid: Grid, gain: Tensor) -> Grid:
+        """A grid, its steps times a gain, fp32 [rows, 1], as far as the file can hold them."""
+        return replace(grid, step=self._stored(grid.step * gain))
+
     def pack(self, codes: Tensor, grid: Grid) -> Tensor:
         """A byte a code; they are packed once a whole matrix is there, and its grids have the steps."""
         return codes
@@ -77,6 +81,10 @@ class Rows:
     def fit(self, x: Tensor, weight: Tensor) -> Grid:
         """The grid of the rows, whatever block of theirs is meant."""
         return replace(self.grid, part=self.block)
+
+    def scaled(self, grid: Grid, gain: Tensor) -> Grid:
+        """The grid as it is: other blocks have the same steps."""
+        return grid
 
     def pack(self, codes: Tensor, grid: Grid) -> Tensor:
         """A byte a code."""

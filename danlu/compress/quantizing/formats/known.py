@@ -12,12 +12,13 @@ FORMATS: dict[str, Format] = {
     each.kind.name.lower(): each
     for each in (
         plain.Q8_0, superblocks.Q6_K, superblocks.Q5_K, plain.Q5_1, plain.Q5_0, superblocks.Q4_K, plain.Q4_1,
-        plain.Q4_0, plain.IQ4_NL, superblocks.Q3_K, superblocks.Q2_K, superblocks.TQ2_0,
+        plain.Q4_0, plain.IQ4_NL, superblocks.Q3_K, superblocks.Q2_K, superblocks.TQ2_0, plain.Q1_0,
     )
 }  # fmt: skip
 # As llama.cpp's own quantizer does: of 32 weights a block, with at least as many bits.
 STAND_INS = {
     "q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0", "q3_k": "iq4_nl", "q2_k": "iq4_nl", "tq2_0": "q4_0",
+    "q1_0": "q4_0",
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Formats of 32 weights that share one step in fp16: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL."""
+"""Formats of 32 weights that share one step in fp16: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL; and binary Q1_0, of 128."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Plain:
     block: int = BLOCK
 
     def fit(self, x: Tensor, weight: Tensor) -> Grid:
-        """The grid that loses least of fp32 [rows, 32], each number's square error counting by `weight` (as x)."""
+        """The grid that loses least of fp32 [rows, block], each number's square error counting by `weight` (as x)."""
         if not self.offset:
             step = fit_step(x, weight, self.levels, as_half)[:, None]
-            return Grid(self.levels, BLOCK, step, None, {})
+            return Grid(self.levels, self.block, step, None, {})
         step, low = (as_half(each)[:, None] for each in fit_step_and_low(x, weight, len(self.levels) - 1, False))
-        return Grid(self.levels, BLOCK, step, low, {})
+        return Grid(self.levels, self.block, step, low, {})
 
     def scaled(self, grid: Grid, gain: Tensor) -> Grid:
         """A grid, its steps and lows times a gain, fp32 [rows, 1], as far as the file can hold them."""
@@ -45,10 +45,12 @@ class Plain:
         return Grid(grid.levels, grid.part, as_half(grid.step * gain), low, {})
 
     def pack(self, codes: Tensor, grid: Grid) -> Tensor:
-        """The block's bytes, uint8 [rows, size], of codes [rows, 32]."""
+        """The block's bytes, uint8 [rows, size], of codes [rows, block]."""
         head = [halves(grid.step)] + ([] if grid.low is None else [halves(-grid.low)])
         if len(self.levels) == 256 - 1:
             return torch.cat([*head, (codes.int() - 127).to(torch.int8).view(torch.uint8)], dim=1)
+        if len(self.levels) == 2:
+            return torch.cat([*head, interleave(codes, 1, 1)], dim=1)
         if len(self.levels) == 32:
             head.append(interleave(codes >> 4, 1, 1))
         return torch.cat([*head, interleave(codes & 15, 4, 16)], dim=1)
@@ -60,3 +62,4 @@ Q8_0 = Plain(gguf.GGMLQuantizationType.Q8_0, integers(-127, 127))
 Q4_1 = Plain(gguf.GGMLQuantizationType.Q4_1, integers(0, 15), offset=True)
 Q5_1 = Plain(gguf.GGMLQuantizationType.Q5_1, integers(0, 31), offset=True)
 IQ4_NL = Plain(gguf.GGMLQuantizationType.IQ4_NL, torch.tensor(UNEVEN, dtype=torch.float32))
+Q1_0 = Plain(gguf.GGMLQuantizationType.Q1_0, torch.tensor([-1.0, 1.0]), block=128)

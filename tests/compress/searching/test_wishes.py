@@ -39,3 +39,6 @@ def test_wishes_go_before_presets() -> None:
         read_settings(True, True, {})
     with pytest.raises(DanluError, match="did you mean q4_0"):
         read_settings(False, False, {"types": "q4_00"})
+    assert read_settings(False, False, {"pruning": ("layers=3", "none")}).pruning == ("layers=3", "none")
+    with pytest.raises(DanluError, match="names no smaller model"):
+        read_settings(False, False, {"pruning": ("depth=3",)})

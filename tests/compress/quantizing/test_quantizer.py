@@ -9,14 +9,17 @@ import pytest
 import torch
 
 from danlu.compress import beside
-from danlu.compress.quantizing import qat
+from danlu.compress.quantizing import qat, quantizer
+from danlu.compress.quantizing.formats.known import FORMATS
 from danlu.compress.quantizing.mixes import matrices, types_of
 from danlu.compress.quantizing.quantizer import calibration_rows, quantize_model
+from danlu.compress.quantizing.rounding import round_plainly
+from danlu.compress.quantizing.spool import Spool
 from danlu.errors import DanluError
 from danlu.evaluate.divergence import divergence
 from danlu.model.checkpoint import Checkpoint
 from danlu.model.config import ModelConfig
-from danlu.model.gguf import write_gguf
+from danlu.model.gguf import Packed, forget_pages, write_gguf
 from danlu.model.transformer import Decoder
 from danlu.tokenizer import Tokenizer
 
@@ -84,6 +87,12 @@ def test_tuning_brings_it_nearer_still(model: Path, tmp_path: Path, monkeypatch:
     assert apart(checkpoint, made[1].path) < 0.97 * apart(checkpoint, made[0].path)
 
 
+def test_adapters_without_steps_to_learn_in_are_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(DanluError, match="half of the steps"):
+        quantize_model(Checkpoint.open(model), "q4_0", TEXT, tmp_path / "never.gguf", tokens=4096, rank=8)
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_matrix_gets_the_type_it_was_given(model: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(model)
     types = {name: "q8_0" if "attention" in name else "f32" for name in matrices(checkpoint)}
@@ -117,3 +126,40 @@ def test_a_text_is_drawn_evenly_and_must_be_long_enough(model: Path) -> None:
     assert torch.equal(rows[0], every[0]) and torch.equal(rows[-1], every[-1]) and len(every) > len(rows)
     with pytest.raises(DanluError, match="4,096 are needed"):
         calibration_rows(checkpoint, TEXT[:500], 4096)
+
+
+def test_a_text_is_encoded_in_stretches_but_for_their_borders_as_a_whole(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.open(model)
+    whole = calibration_rows(checkpoint, TEXT, 10**9)
+    monkeypatch.setattr(quantizer, "STRETCH", 20_000)
+    parts = calibration_rows(checkpoint, TEXT, 10**9)
+    assert parts.dtype == whole.dtype == torch.int64
+    same = TEXT[:19_000]
+    assert checkpoint.tokenizer.decode(parts.flatten().tolist()).startswith(same)
+    assert abs(parts.numel() - whole.numel()) <= 64 and torch.equal(parts[:50], whole[:50])
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux says what is in memory")
+def test_what_is_put_aside_takes_no_memory_and_is_read_again(tmp_path: Path) -> None:
+    """Also where a file is read or written over: memory must not grow with the number of matrices."""
+    form, weight = FORMATS["q8_0"], torch.randn(512, 1024)
+    rounded = round_plainly(weight, form)
+    spool = Spool(tmp_path)
+
+    def in_memory() -> int:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+        start = next(number for number, line in enumerate(lines) if line.endswith("a.bin"))
+        return int(next(line for line in lines[start:] if line.startswith("Rss:")).split()[1])
+
+    for values in (rounded, round_plainly(-weight, form)):
+        spool.keep("a", values, form, (512, 1024))
+        for _ in range(2):
+            assert torch.equal(spool.values("a"), values.values)
+            assert in_memory() == 0
+    packed = spool.weights["a"]
+    assert isinstance(packed, Packed) and torch.equal(packed.data, round_plainly(-weight, form).packed)
+    assert in_memory() > 500
+    forget_pages(packed.data)
+    assert in_memory() == 0 and torch.equal(packed.data, round_plainly(-weight, form).packed)

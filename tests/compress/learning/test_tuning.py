@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench.small_models import Small, train_small
 from danlu.artifact import CARD
 from danlu.compress.learning.distill import Teaching, distill
 from danlu.compress.learning.early_exit import Guessing, _Halves, write_early
@@ -33,25 +34,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("tuning")
     chance = random.Random(5)
     (home / "text.txt").write_text(" ".join(chance.choice(WORDS) for _ in range(8_000)), encoding="utf-8")
-    shape = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "num_key_value_heads": 1}
-    settings = TrainRecipe.model_validate(
-        {
-            "name": "base",
-            "model": {
-                "architecture": "LlamaForCausalLM",
-                "shape": {**shape, "intermediate_size": 64, "max_position_embeddings": 64, "tie_word_embeddings": True},
-            },
-            "data": {"sources": str(home / "text.txt"), "vocabulary": "bytes", "heldout": 0.1, "heldout_from": "end"},
-            "batch": {"rows": 16, "window": 32},
-            "steps": 150,
-            "optimizer": {"learning_rate": 1e-2},
-            "precision": "fp32",
-            "compile": "off",
-            "checkpoints": {"every": 150},
-            "validation": {"every": 150, "rows": 16},
-        }
-    )
-    start(settings, home / "base", plan=None, steps=None)
+    small = Small(layers=4, width=32, heads=2, kv_heads=1, channels=64, context=64)
+    train_small(small, home / "text.txt", 150, home / "base", batch={"rows": 16, "window": 32})
     return home
 
 

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("llama_cpp", reason="the extra danlu[device] is not installed")
 
 from danlu.compress.quantizing.mixes import matrices
 from danlu.compress.quantizing.quantizer import calibration_rows
-from danlu.compress.searching import search as searching
+from danlu.compress.searching import workbench
 from danlu.compress.searching.frontier import print_frontier
 from danlu.compress.searching.search import Asked, search
 from danlu.compress.searching.sensitivity import sensitivities
@@ -27,9 +26,6 @@ from danlu.device.proof import in_words
 from danlu.errors import DanluError
 from danlu.frontier_page import render
 from danlu.model.checkpoint import Checkpoint
-from danlu.model.config import ModelConfig
-from danlu.model.gguf import write_gguf
-from danlu.model.transformer import Decoder
 from tests.compress.short import OTHER, TEXT
 from tests.conftest import write_rows
 from tests.device.test_clock import profile
@@ -43,23 +39,6 @@ SMALL = SearchSettings(
 
 def bytes_in(checkpoint: Checkpoint, bits: float) -> float:
     return sum(rows * columns for rows, columns in matrices(checkpoint).values()) * bits / 8
-
-
-@pytest.fixture(scope="module")
-def small(short: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """Two layers, 96 wide, whose features go together as those of a trained model do."""
-    torch.manual_seed(0)
-    shape = {"width": 96, "layers": 2, "heads": 3, "kv_heads": 1, "head_width": 32, "feedforward_width": 256}
-    made = Decoder(ModelConfig(vocab_size=short.config.vocab_size, context=256, tied=True, **shape))
-    with torch.no_grad():
-        mixing = torch.randn(96, 96) * torch.logspace(0, -2, 96)
-        made.embedding.tokens.weight.copy_(torch.randn(short.config.vocab_size, 96) @ mixing * 0.1)
-        for weight in made.blocks.parameters():
-            if weight.dim() > 1:
-                weight.normal_(0, 0.15)
-    out = tmp_path_factory.mktemp("small") / "f32.gguf"
-    write_gguf(made, short.tokenizer, out)
-    return Checkpoint.open(out)
 
 
 @pytest.fixture(scope="module")
@@ -131,14 +110,14 @@ def test_the_same_search_is_not_done_twice(
     def never(*_: object) -> None:
         raise AssertionError("nothing must be made")
 
-    monkeypatch.setattr(searching, "quantize_model", never)
+    monkeypatch.setattr(workbench, "quantize_model", never)
     assert search(asked, found[0]) == found[1]
 
 
 def test_a_search_that_is_stopped_keeps_the_best_and_goes_on(
     asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make: Callable[..., Any] = searching.quantize_model
+    make: Callable[..., Any] = workbench.quantize_model
     calls: list[int] = []
 
     def stopped(*given: Any) -> Any:
@@ -147,7 +126,7 @@ def test_a_search_that_is_stopped_keeps_the_best_and_goes_on(
             raise KeyboardInterrupt
         return make(*given)
 
-    monkeypatch.setattr(searching, "quantize_model", stopped)
+    monkeypatch.setattr(workbench, "quantize_model", stopped)
     loose = replace(asked, target=read_target(quality_loss="3%", memory=f"{asked.target.memory}"))
     loose = replace(
         loose, settings=SMALL.model_copy(update={"prefer": "smallest", "answers": 0, "caches": ("f16", "q8_0")})
@@ -182,10 +161,12 @@ def test_what_could_never_be_met_is_said_with_the_nearest(
 
 def test_matrices_are_told_apart(small: Checkpoint) -> None:
     rows = calibration_rows(small, TEXT, 4096)[:4]
-    losses = sensitivities(small, rows, ("q8_0", "q5_0", "q4_0"))
-    assert set(losses) == set(matrices(small))
-    for each in losses.values():
+    found = sensitivities(small, rows, ("q8_0", "q5_0", "q4_0"))
+    assert set(found.rounding) == set(found.inputs) == set(matrices(small))
+    for each in found.rounding.values():
         assert 0 < each["q8_0"] < each["q5_0"] < each["q4_0"]
+    for each in found.inputs.values():
+        assert 0 < each["q8_0"] == each["q5_0"] == each["q4_0"], "blocks of as many numbers"
 
 
 def test_the_table_shows_what_was_told_and_what_was_measured(

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from danlu.compress.compensate import Inputs
+from danlu.compress.pruning.fitted import drop_columns, refitted
 from danlu.compress.pruning.sparse import (
     Sparsity,
     lowest,
@@ -22,7 +23,7 @@ from danlu.compress.pruning.sparse import (
     zero_by_magnitude,
     zero_compensated,
 )
-from danlu.compress.pruning.structured import Shape, check_shape, drop_columns, refitted, shrink
+from danlu.compress.pruning.structured import Shape, check_shape, shrink
 from danlu.compress.quality import cut, loss_change, pieces_for
 from danlu.data.corpus_settings import VocabularySettings
 from danlu.data.vocabulary import learn_vocabulary

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.small_models import Small, train_small
 from danlu.artifact import CARD
-from danlu.compress.learning.shapes import Device, evolve, find_shape, kendall, read_size, sizes
-from danlu.compress.learning.supernet import part_bytes, part_model, put_in_order, workload
+from danlu.compress.learning.shapes import Device, evolve, find_shape, kendall
+from danlu.compress.learning.supernet import part_bytes, part_model, put_in_order, sizes, workload
 from danlu.compress.learning.tuning import Tuning, row_losses
 from danlu.data.stream import Batch
 from danlu.errors import DanluError
@@ -22,8 +23,7 @@ from danlu.model.loss import linear_cross_entropy
 from danlu.model.transformer import Decoder
 from danlu.train.objective import Words
 from danlu.train.objectives.elastic import Elastic, block_weights, kept_layers, part_weights, parts_of
-from danlu.train.recipe import ElasticSettings, TrainRecipe
-from danlu.train.start import start
+from danlu.train.recipe import ElasticSettings
 
 WHOLE = ModelConfig(
     vocab_size=61, width=32, layers=4, heads=4, kv_heads=2, head_width=8, feedforward_width=48, context=32, tied=True
@@ -136,9 +136,6 @@ def test_what_a_device_is_asked(tmp_path: Path) -> None:
     asked = workload(WHOLE, "q8_0")
     assert len(asked.matrices) == 4 * 7 + 1 and (asked.layers, asked.attention, asked.words) == (4, 32, 61)
     assert part_bytes(WHOLE, "f32") == 4 * sum(weight.numel() for weight in Decoder(WHOLE).parameters())
-    assert read_size("20MB") == 20_000_000 and read_size(None) is None
-    with pytest.raises(DanluError, match="is no size"):
-        read_size("much")
     with pytest.raises(DanluError, match="a speed is that of a device"):
         Device(speed=10.0)
 
@@ -164,22 +161,8 @@ def test_parts_that_cannot_be(asked: dict[str, tuple[int, ...]], told: str) -> N
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("shapes")
     (home / "text.txt").write_text("the furnace turns ore into silver, slowly and surely; " * 900, encoding="utf-8")
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    recipe = {
-        "name": "base",
-        "model": {
-            "architecture": "LlamaForCausalLM",
-            "shape": {**shape, "intermediate_size": 64, "max_position_embeddings": 32, "tie_word_embeddings": True},
-        },
-        "data": {"sources": str(home / "text.txt"), "vocabulary": "bytes", "heldout": 0.1, "heldout_from": "end"},
-        "batch": {"rows": 8, "window": 16},
-        "steps": 40,
-        "optimizer": {"learning_rate": 1e-2},
-        "precision": "fp32",
-        "compile": "off",
-        "validation": {"every": 40, "rows": 16},
-    }
-    start(TrainRecipe.model_validate(recipe), home / "base", plan=None, steps=None)
+    small = Small(layers=2, width=32, heads=4, kv_heads=2, channels=64, context=32)
+    train_small(small, home / "text.txt", 40, home / "base")
     return home
 
 
