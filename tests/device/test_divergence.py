@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from danlu.device.divergence import divergence, score_divergence
+from danlu.device.divergence import compare, score_divergence
 from danlu.device.measure import Document
 from danlu.errors import DanluError
 from danlu.evaluate import divergence as torchs
@@ -21,10 +21,18 @@ pytest.importorskip("llama_cpp", reason="the extra danlu[device] is not installe
 
 
 def test_rows_of_logits_are_scored_as_torch_does() -> None:
-    reference, other = np.random.default_rng(0).normal(0, 5, (2, 20, 300)).astype(np.float32)
-    expected = torchs.divergence(*(torch.from_numpy(each) for each in (reference, other)))
-    assert np.allclose(divergence(reference, other), expected.numpy(), rtol=1e-4, atol=1e-5)
-    assert not divergence(reference, reference).any()
+    generator = np.random.default_rng(0)
+    reference, other = generator.normal(0, 5, (2, 21, 50_000)).astype(np.float32)
+    other = (reference + 0.05 * other).astype(np.float32)
+    targets = generator.integers(0, 50_000, 21, dtype=np.int32)
+    before, after = (torch.from_numpy(each).double() for each in (reference, other))
+    apart, same, *losses = compare(reference, other, targets)
+    assert np.isclose(apart, float(torchs.divergence(before, after).sum()), rtol=1e-4)
+    assert same == int((before.argmax(-1) == after.argmax(-1)).sum())
+    for loss, logits in zip(losses, (before, after), strict=True):
+        expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(targets).long(), reduction="sum")
+        assert np.isclose(loss, float(expected), rtol=1e-6)
+    assert compare(reference, reference, targets)[:2].tolist() == [0, 21]
 
 
 def test_documents_are_scored_as_torch_does(tiny_model: Path, tmp_path: Path) -> None:

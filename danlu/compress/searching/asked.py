@@ -61,6 +61,11 @@ class Asked:
         return canonical_digest(parts)[:12]
 
     @property
+    def limits(self) -> str:
+        """Of what is asked of the file: what was made for other limits tells of costs, and is no try at these."""
+        return canonical_digest({"target": self.target.model_dump(mode="json"), "prefer": self.prefer})[:12]
+
+    @property
     def types(self) -> tuple[str, ...]:
         """Number formats that are tried: those that were named; where none were, the usual ones and those that the
         model's own file holds, which lose nothing."""

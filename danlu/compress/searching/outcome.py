@@ -25,6 +25,7 @@ class Outcome:
         told: before it was made.
         figures: as measured: see danlu/device/proof.py.
         start: the model that was rounded: see danlu/compress/searching/starts.py.
+        limits: that it was chosen for, see `Asked.limits`.
     """
 
     number: int
@@ -33,6 +34,7 @@ class Outcome:
     told: Told
     figures: Figures
     start: str
+    limits: str
 
     @classmethod
     def load(cls, path: Path) -> Outcome:

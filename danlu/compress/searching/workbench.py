@@ -151,7 +151,7 @@ class Bench:
         found = sorted(self.work.glob("[0-9]*.json"), key=lambda path: int(path.stem))
         outcomes = [Outcome.load(path) for path in found]
         try:
-            while len(outcomes) < settings.candidates and not (outcomes and self._is_late()):
+            while self._tries(outcomes) < settings.candidates and not (outcomes and self._is_late()):
                 mix = self._next(outcomes)
                 if mix is None:
                     break
@@ -162,6 +162,9 @@ class Bench:
                 raise
             warn("stopped: the best so far is kept and certified; press Ctrl-C again to leave without that")
         return outcomes
+
+    def _tries(self, outcomes: Sequence[Outcome]) -> int:
+        return sum(each.limits == self.asked.limits for each in outcomes)
 
     def _is_late(self) -> bool:
         return time.monotonic() - self.started > 60 * self.asked.settings.minutes
@@ -202,7 +205,7 @@ class Bench:
         scored = self._score(file, mix.cache, self.documents, f"candidate {number + 1}")
         _, about = speed_and_memory(self.subject(file, mix.cache, mix.start.name), self.documents, settings.repeats)
         figures = quality(scored, settings.resamples) | about
-        made = Outcome(number, mix.forms, mix.cache, mix.told, figures, mix.start.name)
+        made = Outcome(number, mix.forms, mix.cache, mix.told, figures, mix.start.name, self.asked.limits)
         made.save(self.work)
         return made
 

@@ -71,6 +71,7 @@ def test_four_bits_load_in_transformers_and_in_danlu(model: Path, tmp_path: Path
     assert len(list(generate(small.load(), [5, 6, 7], max_new_tokens=3))) == 3, "the next command takes it"
 
 
+@pytest.mark.soak  # its like with whole numbers stays
 def test_floats_of_eight_bits_load_in_transformers(model: Path, tmp_path: Path) -> None:
     figures = few_bits(model, "fp8", tmp_path / "out")
     assert figures["difference"]["value"] <= 1e-4 and figures["divergence"]["value"] < 0.02

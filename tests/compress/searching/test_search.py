@@ -136,6 +136,13 @@ def test_a_search_that_is_stopped_keeps_the_best_and_goes_on(
     said = capsys.readouterr().err
     assert "stopped: the best so far is kept" in said or len(calls) == 1
 
+    monkeypatch.setattr(workbench, "quantize_model", make)
+    beside = float(asked.target.memory or 0) - bytes_in(asked.checkpoint, 6.5)
+    tighter = read_target(memory=f"{beside + bytes_in(asked.checkpoint, 5.5):.0f}")
+    once = replace(loose, target=tighter, settings=loose.settings.model_copy(update={"candidates": 1}))
+    measured = search(once, tmp_path / "out")["measured"]
+    assert [each["chosen"] for each in measured] == [False, True], "what was made for other limits is no try at these"
+
 
 def test_texts_that_are_not_apart_are_refused(asked: Asked, tmp_path: Path) -> None:
     with pytest.raises(DanluError, match="held-out text is in the calibration text"):
