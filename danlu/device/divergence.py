@@ -87,9 +87,7 @@ def _score(known: Engine, said: Engine, document: Document) -> tuple[float, ...]
     return tuple(sums)
 
 
-def compare(
-    reference: NDArray[np.float32], logits: NDArray[np.float32], targets: NDArray[np.int32]
-) -> Floats:
+def compare(reference: NDArray[np.float32], logits: NDArray[np.float32], targets: NDArray[np.int32]) -> Floats:
     """Sums over N rows of what two models make of the same words, from float32 [N, vocab] each.
 
     Args: targets: int32 [N], the words that follow.
