@@ -24,6 +24,7 @@ from danlu.gguf_header import read_header
 from danlu.model.checkpoint import Checkpoint
 
 KEPT_APART = 0.15  # of the calibration text, its end: candidates are compared on it, and nothing is fitted to it
+KEPT_FORM = 2  # of what is kept for going on: what another version kept is left aside, not misread
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Asked:
                 mode="json", include={"context", "threads", "gradient_tokens", "calibration_tokens", "chosen_tokens"}
             ),
             "types": self.types,
+            "form": KEPT_FORM,
         }
         return canonical_digest(parts)[:12]
 
