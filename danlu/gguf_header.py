@@ -8,11 +8,15 @@ Format: GGUF specification version 2 and 3, little-endian.
 from __future__ import annotations
 
 import mmap
+import os
 import struct
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from danlu.artifact import sync
 from danlu.errors import DanluError
 
 if TYPE_CHECKING:
@@ -196,6 +200,32 @@ def _tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
         raise cursor.damaged(f"tensor {name} has {dimensions} dimensions")
     shape = tuple(cursor.number("Q") for _ in range(dimensions))[::-1]
     return name, shape, cursor.number("I"), cursor.number("Q")
+
+
+@contextmanager
+def gguf_writer(out: Path, metadata: Mapping[str, Any]) -> Iterator[gguf.GGUFWriter]:
+    """A writer of a file that is renamed to its place once it is whole, its keys noted already.
+
+    Raises DanluError where the file cannot be written; nothing is left behind then, or where the block inside raises.
+    """
+    import gguf
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{out.name}.{os.getpid()}.aside")
+    writer = gguf.GGUFWriter(aside, metadata["general.architecture"])
+    try:
+        for key, value in metadata.items():
+            add_key(writer, key, value)
+        yield writer
+        writer.flush()
+        writer.close()
+        sync(aside)
+        aside.replace(out)
+    except OSError as error:
+        raise DanluError(f"cannot be written: {error.strerror}", where=out) from None
+    finally:
+        writer.close()
+        aside.unlink(missing_ok=True)
 
 
 def add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:

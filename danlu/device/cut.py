@@ -7,7 +7,6 @@ neither PyTorch nor what made the file.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +16,8 @@ import gguf
 import numpy as np
 from pydantic import Field
 
-from danlu.artifact import sync
 from danlu.errors import DanluError
-from danlu.gguf_header import Header, TensorPlace, add_key, read_header
+from danlu.gguf_header import Header, TensorPlace, gguf_writer, read_header
 from danlu.settings import Settings
 
 BLOCK = re.compile(r"blk\.(\d+)\.")
@@ -46,13 +44,8 @@ def write_cut(whole: Path, cut: Cut, out: Path) -> None:
     header = read_header(whole)
     pieces = list(_pieces(header, cut))
     keys = {key: value for key, value in (header.metadata | cut.metadata).items() if key not in cut.absent}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.{os.getpid()}.aside")
-    writer = gguf.GGUFWriter(aside, header.need("general.architecture", str))
     data = np.memmap(whole, np.uint8, "r")
-    try:
-        for key, value in keys.items():
-            add_key(writer, key, value)
+    with gguf_writer(out, keys) as writer:
         for name, tensor, taken in pieces:
             kind = gguf.GGMLQuantizationType(tensor.type)
             writer.add_tensor_info(name, taken, np.dtype(np.uint8), math.prod(taken), kind)
@@ -63,15 +56,6 @@ def write_cut(whole: Path, cut: Cut, out: Path) -> None:
             stored = _stored_shape(tensor.shape, tensor, whole)
             rows = data[tensor.offset : tensor.offset + math.prod(stored)].reshape(stored)
             writer.write_tensor_data(np.ascontiguousarray(rows[tuple(slice(size) for size in taken)]))
-        writer.flush()
-        writer.close()
-        sync(aside)
-        aside.replace(out)
-    except OSError as error:
-        raise DanluError(f"cannot be written: {error.strerror}", where=out) from None
-    finally:
-        writer.close()
-        aside.unlink(missing_ok=True)
 
 
 def _pieces(header: Header, cut: Cut) -> Iterator[tuple[str, TensorPlace, tuple[int, ...]]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -20,10 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from danlu.artifact import sync
 from danlu.console import warn
 from danlu.errors import DanluError
-from danlu.gguf_header import Header, TensorPlace, add_key
+from danlu.gguf_header import Header, TensorPlace, gguf_writer
 from danlu.gguf_numbers import dequantize
 from danlu.model.config import ModelConfig
 from danlu.model.families.family import Family
@@ -157,12 +155,7 @@ def write_weights(
     context = metadata[f"{arch}.context_length"]
     if context < config.context:
         warn(f"llama.cpp has no sliding window for {arch}: the context is limited to {context:,}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.{os.getpid()}.aside")
-    writer = gguf.GGUFWriter(aside, arch)
-    try:
-        for key, value in metadata.items():
-            add_key(writer, key, value)
+    with gguf_writer(out, metadata) as writer:
         tensors = _weights_out(config, weights, family)
         for tensor in tensors:
             stored = np.dtype(np.float32 if tensor.packed is None else np.uint8)
@@ -176,15 +169,6 @@ def write_weights(
             writer.write_tensor_data(_bytes(tensor, _kind(tensor, dtype)))
             for part in tensor.parts:
                 forget_pages(part)
-        writer.flush()
-        writer.close()
-        sync(aside)
-        aside.replace(out)
-    except OSError as error:
-        raise DanluError(f"cannot be written: {error.strerror}", where=out) from None
-    finally:
-        writer.close()
-        aside.unlink(missing_ok=True)
 
 
 def forget_pages(weight: Tensor) -> None:
