@@ -58,7 +58,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 EXACT = ("ffn_gate_inp.weight", "position_embd.weight")
 # A matrix of one row, which files hold as a vector.
 SINGLE_ROW = "ffn_gate_inp_shexp.weight"
-PIECE = 2**22  # numbers dequantised at once; several fp32 copies of them are alive meanwhile
+PIECE = 2**20  # numbers dequantised at once; several fp32 copies of them are alive meanwhile
 
 
 def read_config(header: Header) -> tuple[Family, ModelConfig]:
