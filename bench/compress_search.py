@@ -121,7 +121,8 @@ def limits(case: str, bench: Bench) -> list[str]:
     if case == "fast":
         return ["--memory", "120MB", "--speed", f"{0.8 * bench.speeds(['q4_0'])['q4_0']:.1f}tok/s", "--loss", "3%"]
     if case == "size":
-        return ["--size", f"{bench.stock()['q4_k_m']['bytes'] / 1e6:.6f}MB"]
+        speed = f"{bench.speeds(['q4_k_m'])['q4_k_m']:.1f}tok/s"
+        return ["--size", f"{bench.stock()['q4_k_m']['bytes'] / 1e6:.6f}MB", "--speed", speed, "--prefer", "best"]
     if case == "smallest":
         return ["--loss", f"{LOSS:.0%}", "--prefer", "smallest"]
     return ["--speed", f"{bench.speeds(['q4_0'])['q4_0']:.1f}tok/s", "--prefer", "best"]

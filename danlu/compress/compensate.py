@@ -17,6 +17,8 @@ DAMPING = 0.01  # of the mean square of an input, added to every one: inputs nev
 ROUNDING = 0.2
 CAUTION = 0.5  # of the same, where weights themselves are fitted to the inputs seen
 
+TOGETHER = 32  # columns of a block whose errors those after them learn of at once
+
 Choice = Callable[[int, Tensor], Tensor]  # from a block's column and fp32 [rows] to what stands for it, fp32 [rows]
 
 
@@ -91,8 +93,12 @@ def _one_block(part: Tensor, choice: Choice, factor: Tensor) -> tuple[Tensor, Te
     """
     left = part.T.contiguous()  # a column lies in one piece
     made, errors = torch.empty_like(left), torch.empty_like(left)
-    for column in range(len(left)):
-        made[column] = choice(column, left[column])
-        errors[column] = (left[column] - made[column]) / factor[column, column]
-        left[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
+    diagonal = factor.diagonal().tolist()
+    for start in range(0, len(left), TOGETHER):
+        end = min(start + TOGETHER, len(left))
+        for column in range(start, end):
+            made[column] = choice(column, left[column])
+            torch.sub(left[column], made[column], out=errors[column]).div_(diagonal[column])
+            left[column + 1 : end].addr_(factor[column, column + 1 : end], errors[column], alpha=-1)
+        left[end:].addmm_(factor[start:end, end:].T, errors[start:end], alpha=-1)
     return made.T, errors.T

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from danlu.compress.quantizing.formats.grid import Form, Grid
+from danlu.compress.quantizing.formats.grid import Columns, Form, Grid
 
+TOGETHER = 32  # columns whose changes those after them learn of at once
 FURTHEST = 0.5  # a gain is never further from 1: beyond, codes do not fit their steps
 
 
@@ -75,10 +76,14 @@ def _scaled(block: Block, form: Form, within: Tensor, pull: Tensor) -> Block:
 
 def _coded(block: Block, within: Tensor, pull: Tensor) -> Block:
     """The block with better codes for its steps; for the arguments see `_scaled`. `pull` is used up."""
-    values, codes = block.values, torch.empty_like(block.codes)
-    for column, diagonal in enumerate(within.diagonal().tolist()):
-        best = (values[column] - pull[column] / diagonal)[:, None]
-        codes[column] = block.grid.codes(best, column)[:, 0]
-        change = block.grid.values(codes[column, :, None], column)[:, 0] - values[column]
-        pull.addr_(within[column], change)
-    return Block(block.grid, codes)
+    values = block.values
+    columns, change = Columns(block.grid, len(values)), torch.empty_like(values)
+    inverse = (-1 / within.diagonal()).tolist()
+    for start in range(0, len(values), TOGETHER):
+        end = min(start + TOGETHER, len(values))
+        for column in range(start, end):
+            best = torch.add(values[column], pull[column], alpha=inverse[column], out=change[column])
+            torch.sub(columns.put(column, best), values[column], out=change[column])
+            pull[column + 1 : end].addr_(within[column, column + 1 : end], change[column])
+        pull[end:].addmm_(within[end:, start:end], change[start:end])
+    return Block(block.grid, columns.codes())

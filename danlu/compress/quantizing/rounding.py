@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from danlu.compress.compensate import Choice, Inputs, compensate
-from danlu.compress.quantizing.formats.grid import Form, Grid
+from danlu.compress.quantizing.formats.grid import Columns, Form, Grid
 from danlu.compress.quantizing.refining import Block, refine
 
 FINE = 2**7  # levels, from which on errors are too small to be worth refining
@@ -74,15 +73,16 @@ def round_compensated(weight: Tensor, form: Form, inputs: Inputs) -> Rounded:
 
     Args: weight: fp32 [rows, columns]; columns fill the format's blocks.
     """
-    aim, blocks = inputs.aim(weight), list[Block]()
+    aim, grids, columns = inputs.aim(weight), list[Grid](), list[Columns]()
 
     def begin(start: int, part: Tensor) -> Choice:
-        grid = form.fit(part, inputs.importance[start : start + form.block].expand_as(part))
-        blocks.append(Block(grid, torch.empty(part.shape[1], part.shape[0], dtype=torch.uint8)))
-        return partial(_choose, blocks[-1])
+        grids.append(form.fit(part, inputs.importance[start : start + form.block].expand_as(part)))
+        columns.append(Columns(grids[-1], part.shape[1]))
+        return columns[-1].put
 
     compensate(aim, inputs, form.block, begin)
-    passes = PASSES if len(blocks[0].grid.levels) < FINE else 0
+    blocks = [Block(grid, rounded.codes()) for grid, rounded in zip(grids, columns, strict=True)]
+    passes = PASSES if len(grids[0].levels) < FINE else 0
     return _rounded(refine(blocks, aim, form, inputs.products, passes), form)
 
 
@@ -102,10 +102,3 @@ def _rounded(blocks: Sequence[Block], form: Form) -> Rounded:
     packed = [form.pack(each.codes.T.contiguous(), each.grid) for each in blocks]
     values = torch.cat([each.values for each in blocks]).T.contiguous()
     return Rounded(torch.cat(packed, dim=1), values, tuple(each.grid for each in blocks))
-
-
-def _choose(block: Block, column: int, x: Tensor) -> Tensor:
-    """What stands for a column, fp32 [rows]; its codes are noted."""
-    codes = block.grid.codes(x[:, None], column)
-    block.codes[column] = codes[:, 0]
-    return block.grid.values(codes, column)[:, 0]

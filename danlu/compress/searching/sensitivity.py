@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from danlu.compress.compensate import Inputs
+from danlu.compress.compensate import ROUNDING, Inputs
 from danlu.compress.quantizing.formats.known import Format, fitting, format_of
 from danlu.compress.quantizing.mixes import head_of, matrices
 from danlu.compress.walk import Walk
@@ -120,7 +120,8 @@ def sensitivities(checkpoint: Checkpoint, rows: Tensor, types: Sequence[str], se
         walk = Walk(checkpoint.config, checkpoint.model.makers(torch.float32), rows)
         words = walk.embed()[EMBEDDING]
         for prefix, block, products in walk.blocks():
-            made = {id(each): Inputs(each) for each in {id(each): each for each in products.found.values()}.values()}
+            once = {id(each): each for each in products.found.values()}
+            made = {key: Inputs(each, damping=ROUNDING) for key, each in once.items()}
             drawn = {
                 f"{prefix}{name}.weight": _draw(
                     block.get_parameter(f"{name}.weight").data,
@@ -135,7 +136,7 @@ def sensitivities(checkpoint: Checkpoint, rows: Tensor, types: Sequence[str], se
             found |= _losses(drawn, types)
             tick.advance(1, prefix.rstrip("."))
         ends, given = walk.end()
-        found |= _ends(words, ends, Inputs(given), rows, outputs, types, generator)
+        found |= _ends(words, ends, Inputs(given, damping=ROUNDING), rows, outputs, types, generator)
         tick.advance(1, "head")
     inputs = {name: outputs.of_inputs(name.removesuffix(".weight"), types, shapes[name][-1]) for name in found}
     return Sensitivities(found, inputs)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from danlu.compress.compensate import CAUTION, Inputs
-from danlu.compress.quantizing.formats.grid import nearest
+from danlu.compress.quantizing.formats.grid import nearest, to_levels
 from danlu.compress.quantizing.formats.known import FORMATS, Format, fitting, format_of
 from danlu.compress.quantizing.qat import LearnedMatrix
 from danlu.compress.quantizing.refining import Block, refine
@@ -201,7 +201,8 @@ def test_inputs_that_never_were_do_not_break_it() -> None:
 def test_uneven_levels_are_searched_rightly(numbers: list[float]) -> None:
     levels = FORMATS["iq4_nl"].levels
     x = torch.tensor([numbers])
-    found = levels[nearest(x, torch.ones(1, 1), levels).int()]
+    found = to_levels(x.clone(), levels)
+    assert torch.equal(found, levels[nearest(x.clone(), levels).int()])
     assert torch.equal((x - found).abs(), (x[..., None] - levels).abs().amin(-1))
 
 

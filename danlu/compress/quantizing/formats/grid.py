@@ -29,16 +29,28 @@ class Grid:
     low: Tensor | None
     stored: Mapping[str, Tensor]
 
-    def codes(self, x: Tensor, start: int = 0) -> Tensor:
-        """The nearest codes, uint8 [rows, n], of fp32 [rows, n]: the block's columns from `start` on."""
-        step, low = self._columns(start, x.shape[1])
-        return nearest(x if low is None else x + low, step, self.levels)
+    def codes(self, x: Tensor) -> Tensor:
+        """The nearest codes, uint8 [rows, n], of fp32 [rows, n]: the block's first columns."""
+        step, low = self._columns(x.shape[1])
+        return self.code((x if low is None else x + low).mul(inverse(step)))
 
-    def values(self, codes: Tensor, start: int = 0) -> Tensor:
+    def values(self, codes: Tensor) -> Tensor:
         """What codes [rows, n] stand for, fp32: to the bit what the gguf package reads."""
-        step, low = self._columns(start, codes.shape[1])
-        made = step * self.levels[codes.int()]
+        step, low = self._columns(codes.shape[1])
+        made = step * self.level(codes)
         return made if low is None else made - low
+
+    def to_levels(self, scaled: Tensor) -> Tensor:
+        """The levels nearest to fp32 numbers, which are overwritten."""
+        return to_levels(scaled, self.levels)
+
+    def level(self, codes: Tensor) -> Tensor:
+        """The levels of codes, fp32."""
+        return codes + self.levels[0] if _is_even(self.levels) else self.levels[codes.int()]
+
+    def code(self, scaled: Tensor) -> Tensor:
+        """The codes, uint8, of the levels nearest to fp32 numbers, which are overwritten."""
+        return nearest(scaled, self.levels)
 
     def rows(self, chosen: slice) -> Grid:
         """The grid of some of its rows."""
@@ -54,11 +66,40 @@ class Grid:
         stored = {name: torch.cat([grid.stored[name] for grid in grids]) for name in first.stored}
         return replace(first, step=torch.cat([grid.step for grid in grids]), low=low, stored=stored)
 
-    def _columns(self, start: int, count: int) -> tuple[Tensor, Tensor | None]:
+    def _columns(self, count: int) -> tuple[Tensor, Tensor | None]:
         if self.step.shape[1] == 1:
             return self.step, self.low
-        parts = torch.arange(start, start + count, device=self.step.device) // self.part
+        parts = torch.arange(count, device=self.step.device) // self.part
         return self.step[:, parts], None if self.low is None else self.low[:, parts]
+
+
+class Columns:
+    """A block's columns as they are rounded one after another; each lies in one piece.
+
+    Attributes:
+        values: what they have become, fp32 [columns, rows].
+    """
+
+    def __init__(self, grid: Grid, count: int) -> None:
+        self._grid = grid
+        self._step = grid.step.T.contiguous()
+        self._inverse = inverse(self._step)
+        self._low = None if grid.low is None else grid.low.T.contiguous()
+        self._levels = torch.empty(count, len(grid.step))
+        self.values = torch.empty_like(self._levels)
+
+    def put(self, column: int, x: Tensor) -> Tensor:
+        """Round fp32 [rows] to the nearest values of a column, and return these."""
+        part, levels, values = column // self._grid.part, self._levels[column], self.values[column]
+        if self._low is not None:
+            x = torch.add(x, self._low[part], out=values)
+        levels.copy_(self._grid.to_levels(torch.mul(x, self._inverse[part], out=levels)))
+        torch.mul(levels, self._step[part], out=values)
+        return values if self._low is None else values.sub_(self._low[part])
+
+    def codes(self) -> Tensor:
+        """Of all columns, uint8 [columns, rows]."""
+        return self._grid.code(self._levels.clone())
 
 
 class Form(Protocol):
@@ -74,20 +115,43 @@ class Form(Protocol):
     def pack(self, codes: Tensor, grid: Grid) -> Tensor: ...
 
 
-def nearest(x: Tensor, step: Tensor, levels: Tensor) -> Tensor:
-    """Codes, uint8, of the levels nearest to x / step; where the step is 0, of the level nearest to 0."""
-    scaled = torch.where(step == 0, 0.0, x / step)
+def inverse(step: Tensor) -> Tensor:
+    """What numbers are multiplied by to be compared with levels; 0 where the step is none, so that the level is 0."""
+    return step.reciprocal().nan_to_num_(0.0, 0.0, 0.0)
+
+
+def to_levels(scaled: Tensor, levels: Tensor) -> Tensor:
+    """The levels nearest to fp32 numbers, which are overwritten."""
     if _is_even(levels):
-        codes = torch.round(scaled - levels[0]).clamp_(0, len(levels) - 1)
-        return codes.to(torch.uint8)
-    # Borders between whole levels lie on halves, so that one table of halves finds what a search would, sooner.
-    low, high = 2 * levels[0], 2 * levels[-1]
-    halves = torch.arange(int(high - low) + 1) / 2 + levels[0] + 0.25
-    table = torch.bucketize(halves, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
-    return table[(torch.floor(2 * scaled).clamp_(low, high) - low).int()]
+        return scaled.round_().clamp_(float(levels[0]), float(levels[-1]))
+    return _look_up(scaled, levels, levels[_nearest_to_halves(levels).int()])
+
+
+def nearest(scaled: Tensor, levels: Tensor) -> Tensor:
+    """The codes, uint8, of the levels nearest to fp32 numbers, which are overwritten."""
+    if _is_even(levels):
+        return to_levels(scaled, levels).sub_(levels[0]).to(torch.uint8)
+    return _look_up(scaled, levels, _nearest_to_halves(levels))
+
+
+def _look_up(scaled: Tensor, levels: Tensor, table: Tensor) -> Tensor:
+    """What a table of halves from the lowest level on says of numbers, which are overwritten."""
+    low, high = 2 * float(levels[0]), 2 * float(levels[-1])
+    place = scaled.mul_(2).floor_().clamp_(low, high).sub_(low).int()
+    return table.index_select(0, place.view(-1)).view(place.shape)
 
 
 @lru_cache  # tensors are told apart by which they are, not by what they hold; formats have few
+def _nearest_to_halves(levels: Tensor) -> Tensor:
+    """Codes, uint8, of the levels nearest to what lies in each half from the lowest to the highest.
+
+    Borders between whole levels lie on halves, so that such a table finds what a search would, sooner.
+    """
+    halves = torch.arange(int(2 * (levels[-1] - levels[0])) + 1) / 2 + levels[0] + 0.25
+    return torch.bucketize(halves, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+
+
+@lru_cache
 def _is_even(levels: Tensor) -> bool:
     """Whether neighbours are 1 apart."""
     return float(levels[-1] - levels[0]) == len(levels) - 1

@@ -95,13 +95,18 @@ class Rows:
 class FloatGrid(Grid):
     """A grid whose numbers are floats of 8 bits: a code is the byte of one."""
 
-    def codes(self, x: Tensor, start: int = 0) -> Tensor:
-        """The nearest codes, uint8 [rows, n], of fp32 [rows, n]."""
-        step, _ = self._columns(start, x.shape[1])
-        top = float(self.levels[1])
-        return torch.where(step == 0, 0.0, x / step).clamp(-top, top).to(FLOAT8).view(torch.uint8)
+    def to_levels(self, scaled: Tensor) -> Tensor:
+        """The floats nearest to fp32 numbers."""
+        return self._floats(scaled).float()
 
-    def values(self, codes: Tensor, start: int = 0) -> Tensor:
-        """What codes stand for, fp32."""
-        step, _ = self._columns(start, codes.shape[1])
-        return codes.view(FLOAT8).float() * step
+    def level(self, codes: Tensor) -> Tensor:
+        """The floats of codes, fp32."""
+        return codes.view(FLOAT8).float()
+
+    def code(self, scaled: Tensor) -> Tensor:
+        """The bytes of the floats nearest to fp32 numbers."""
+        return self._floats(scaled).view(torch.uint8)
+
+    def _floats(self, scaled: Tensor) -> Tensor:
+        top = float(self.levels[1])
+        return scaled.clamp(-top, top).to(FLOAT8)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from danlu.compress.quantizing.formats.grid import nearest
+from danlu.compress.quantizing.formats.grid import inverse, to_levels
 
 TRIED = 3  # candidates on either side of the plain choice
 SPREAD = (
@@ -31,17 +31,19 @@ def fit_step(x: Tensor, weight: Tensor, levels: Tensor, store: Callable[[Tensor]
     Returns: fp32 [rows], as stored.
     """
     peak = x.gather(1, x.abs().argmax(1, keepdim=True))[:, 0]
+    x, weight = _by_column(x), _by_column(weight)
+    pull = weight * x
     best = torch.full_like(peak, torch.inf)
     found = torch.zeros_like(peak)
     # Where the levels reach further down than up, the largest number may stand at either end.
     for end in {float(levels[0]), float(levels[-1])} - {0.0}:
         for place in range(-TRIED, TRIED + 1):
             step = peak / (end + SPREAD * place)
-            values = levels[nearest(x, step[:, None], levels).int()]
-            norm = (weight * values * values).sum(1)
-            fitted = store(torch.where(norm > 0, (weight * x * values).sum(1) / norm, step))
-            values = levels[nearest(x, fitted[:, None], levels).int()]
-            lost = (weight * (x - fitted[:, None] * values) ** 2).sum(1)
+            values = to_levels(x * inverse(step), levels)
+            along, norm = (pull * values).sum(0), values.square_().mul_(weight).sum(0)
+            fitted = store(torch.where(norm > 0, along / norm, step))
+            values = to_levels(x * inverse(fitted), levels)
+            lost = values.mul_(fitted).sub_(x).square_().mul_(weight).sum(0)
             better = lost < best
             best, found = torch.where(better, lost, best), torch.where(better, fitted, found)
     return found
@@ -56,7 +58,8 @@ def fit_step_and_low(x: Tensor, weight: Tensor, top: int, below_zero: bool) -> t
 
     Returns: fp32 [rows] twice, not yet as stored.
     """
-    least, most = x.amin(1), x.amax(1)
+    x, weight = _by_column(x), _by_column(weight)
+    least, most = x.amin(0), x.amax(0)
     if below_zero:
         least = least.clamp(max=0)
     best = torch.full_like(least, torch.inf)
@@ -65,10 +68,9 @@ def fit_step_and_low(x: Tensor, weight: Tensor, top: int, below_zero: bool) -> t
     for place in range(-TRIED, TRIED + 1):
         step, low = (most - least) / (top + SPREAD * place), -least
         for _ in range(2):
-            codes = levels[nearest(x + low[:, None], step[:, None], levels).int()]
-            step, low = _line(x, weight, codes, below_zero)
-        values = levels[nearest(x + low[:, None], step[:, None], levels).int()]
-        lost = (weight * (x + low[:, None] - step[:, None] * values) ** 2).sum(1)
+            step, low = _line(x, weight, to_levels((x + low).mul_(inverse(step)), levels), below_zero)
+        values = to_levels((x + low).mul_(inverse(step)), levels)
+        lost = values.mul_(step).sub_(low).sub_(x).square_().mul_(weight).sum(0)
         better = lost < best
         best = torch.where(better, lost, best)
         found, found_low = torch.where(better, step, found), torch.where(better, low, found_low)
@@ -76,10 +78,13 @@ def fit_step_and_low(x: Tensor, weight: Tensor, top: int, below_zero: bool) -> t
 
 
 def _line(x: Tensor, weight: Tensor, codes: Tensor, below_zero: bool) -> tuple[Tensor, Tensor]:
-    """The weighted least-squares step and low of fixed codes: x ~ step * codes - low."""
-    total, by_code = weight.sum(1), (weight * codes).sum(1)
-    by_square, by_x = (weight * codes * codes).sum(1), (weight * x).sum(1)
-    by_both = (weight * codes * x).sum(1)
+    """The weighted least-squares step and low of fixed codes: x ~ step * codes - low.
+
+    Args: fp32 [n, rows]; weight may be the same for all rows, [n, 1].
+    """
+    heavy = weight * codes
+    total, by_code, by_x = weight.sum(0), heavy.sum(0), (weight * x).sum(0)
+    by_both, by_square = (heavy * x).sum(0), heavy.mul_(codes).sum(0)
     spread = total * by_square - by_code**2
     step = torch.where(spread > 0, (total * by_both - by_code * by_x) / spread, 0.0)
     low = torch.where(total > 0, (step * by_code - by_x) / total, 0.0)
@@ -87,3 +92,8 @@ def _line(x: Tensor, weight: Tensor, codes: Tensor, below_zero: bool) -> tuple[T
         through_zero = torch.where(by_square > 0, by_both / by_square, 0.0)
         step, low = torch.where(low < 0, through_zero, step), low.clamp(min=0)
     return step.clamp(min=0), low
+
+
+def _by_column(numbers: Tensor) -> Tensor:
+    """fp32 [n, rows] of [rows, n], so that sums over n go along all rows at once; [n, 1] where all rows are one."""
+    return numbers[:1].T if numbers.stride(0) == 0 else numbers.T.contiguous()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from danlu.compress.quantizing.formats.bits import halves, interleave, six_bits, sixteen_of_six_bits
-from danlu.compress.quantizing.formats.grid import Grid, as_half, integers, nearest
+from danlu.compress.quantizing.formats.grid import Grid, as_half, integers, inverse, nearest
 from danlu.compress.quantizing.formats.scales import fit_step, fit_step_and_low
 
 BLOCK = 256
@@ -88,7 +88,7 @@ class Super:
 def _shared(wanted: Tensor, weight: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """One unit a row, fp32 [rows, 1] as stored, and codes, uint8 [rows, parts], of what is wanted, [rows, parts]."""
     unit = fit_step(wanted, weight, levels, as_half)[:, None]
-    return unit, nearest(wanted, unit, levels)
+    return unit, nearest(wanted * inverse(unit), levels)
 
 
 _KIND = gguf.GGMLQuantizationType
