@@ -29,7 +29,7 @@ demo: $(VENV)/.installed-demo ## from raw documents to a small certified model o
 
 test: $(VENV)/.installed-dev ## run the tests
 	@echo "== the tests: pytest, $(WORKERS) files at a time"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev ## check style, types and that imports point one way
 	@echo "== ruff, mypy, import-linter"

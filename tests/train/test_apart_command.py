@@ -22,6 +22,7 @@ from danlu.train.exchange.ledger import Ledger, Round
 from danlu.train.local_steps import shared_weights
 from danlu.train.recipe import TrainRecipe
 from danlu.train.state import open_checkpoint
+from tests.train.tiny_run import here
 
 RECIPE = """
 name: tiny
@@ -166,8 +167,7 @@ def test_settings_that_do_not_go_together_are_refused(words: dict[str, Any], tol
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_float8_without_a_gpu_is_refused_before_anything_is_made(home: Path) -> None:
-    worker = Worker(home, 0, "run", "precision=float8")
-    worker.end(2)
-    assert "float8 needs a GPU" in worker.told and "there is no CUDA GPU" in worker.told
-    assert "set precision to bf16" in worker.told and "Traceback" not in worker.told
-    assert not (home / "shared").exists() and not list(worker.out.glob("*.json"))
+    told = here(home / "tiny.yaml", home / "run", "--set", "apart.worker=0", "--set", "precision=float8", code=2)
+    assert "float8 needs a GPU" in told and "there is no CUDA GPU" in told
+    assert "set precision to bf16" in told and "Traceback" not in told
+    assert not (home / "shared").exists() and not list((home / "run").glob("*.json"))

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -33,6 +30,7 @@ from danlu.train.scaling import LossScale, ScalingSettings, _fits_float8, to_flo
 from danlu.train.state import Checkpoints
 from danlu.train.weights import masters_and_copies
 from tests.train.ranks import run_ranks
+from tests.train.tiny_run import here
 
 CONFIG = ModelConfig(
     vocab_size=64, context=16, width=32, layers=2, heads=4, kv_heads=2, head_width=8, feedforward_width=64, tied=True
@@ -251,8 +249,7 @@ def test_a_recipe_in_fp16(tmp_path: Path) -> None:
     """The command skips what overflows, learns the rest, and writes a model."""
     (tmp_path / "text.txt").write_text("the furnace 丹炉 turns ore into silver. " * 300, encoding="utf-8")
     (tmp_path / "tiny.yaml").write_text(RECIPE, encoding="utf-8")
-    words = ["train", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "run")]
-    subprocess.run([sys.executable, "-m", "danlu", *words], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    here(tmp_path / "tiny.yaml", tmp_path / "run")
     assert json.loads((tmp_path / "run" / "decisions.json").read_text())["dtype"] == "float16"
     told = lines(tmp_path / "run")
     skipped = [line["skipped"] for line in told if "skipped" in line]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -12,62 +11,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import transformers
 
 from danlu.train.compiling import can_compile
-
-KILLS = 30
-RECIPE = """
-name: tiny
-model:
-  architecture: LlamaForCausalLM
-  shape: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2,
-          intermediate_size: 48, max_position_embeddings: 32}
-data: {sources: text.txt, vocabulary: bytes, heldout: 10%, heldout_from: end}
-batch: {rows: 8, window: 32}
-steps: 12
-optimizer: {learning_rate: 3e-3}
-precision: fp32
-checkpoints: {every: 5}
-validation: {every: 6, rows: 16}
-"""
+from tests.train.tiny_run import command, environment, here, metrics, newest, run, write_recipe
 
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    home = tmp_path_factory.mktemp("recipe")
-    chance = random.Random(5)
-    words = ("the", "furnace", "丹炉", "turns", "ore", "into", "silver", "and", "gold,", "slowly;", "nobody", "hurries")
-    (home / "text.txt").write_text(" ".join(chance.choice(words) for _ in range(20_000)), encoding="utf-8")
-    (home / "tiny.yaml").write_text(RECIPE, encoding="utf-8")
-    return home / "tiny.yaml"
-
-
-def command(recipe: Path, out: Path, *words: str) -> list[str]:
-    return [sys.executable, "-m", "danlu", "train", str(recipe), "--out", str(out), *words]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def run(recipe: Path, out: Path, *words: str, code: int = 0, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    line = command(recipe, out, *words)
-    done = subprocess.run(line, capture_output=True, text=True, env=environment(), timeout=timeout)
-    assert done.returncode == code, done.stderr[-4000:]
-    return done
-
-
-def metrics(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def curve(out: Path) -> list[tuple[Any, ...]]:
-    names = ("step", "loss", "gradient_norm", "learning_rate", "batch", "validation")
-    return [tuple(line.get(name) for name in names) for line in metrics(out)]
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
 
 
 def test_it_trains_resumes_with_another_plan_and_exports(recipe: Path, tmp_path: Path) -> None:
@@ -126,7 +80,7 @@ def test_it_trains_resumes_with_another_plan_and_exports(recipe: Path, tmp_path:
 def test_other_objectives_train_other_families(
     words: tuple[str, ...], loads: Any, recipe: Path, tmp_path: Path
 ) -> None:
-    run(recipe, tmp_path, *(word for setting in words for word in ("--set", setting)))
+    here(recipe, tmp_path, *(word for setting in words for word in ("--set", setting)))
     lines = metrics(tmp_path)
     assert lines[-1]["loss"] < lines[0]["loss"]
     loads.from_pretrained(tmp_path / "model")
@@ -159,74 +113,26 @@ def test_the_finished_model_is_measured_on_the_test_side(tmp_path: Path) -> None
     assert json.loads((tmp_path / "out" / "test.json").read_text()) == {"test_accuracy": 1.0, "test_macro_f1": 1.0}
 
 
-@pytest.mark.parametrize(
-    ("kills", "nproc", "plan", "patience"),
-    [(KILLS, 2, "shard=2", 240), pytest.param(100, 4, "tensor=2,shard=2", 1800, marks=pytest.mark.soak)],
-)
-def test_random_kills_of_random_ranks_change_nothing(
-    kills: int, nproc: int, plan: str, patience: float, recipe: Path, tmp_path: Path
-) -> None:
-    """Every kill restarts the group from the last checkpoint; the end has the same bits as a run left alone."""
-    words = ("--nproc", str(nproc), "--plan", plan, "--set", "checkpoints.every=2", "--set", "validation.every=50")
-    long = (*words, "--set", f"steps={40 * kills // 3}")
-    run(recipe, tmp_path / "calm", *long, timeout=patience)
-    killed, chance = 0, random.Random(11)
-    with subprocess.Popen(
-        command(recipe, tmp_path / "wild", *long), env=environment(), stderr=subprocess.PIPE, text=True
-    ) as process:
-        reached = 0
-        while killed < kills and process.poll() is None:
-            time.sleep(chance.uniform(0.05, 0.4))
-            done = _newest(tmp_path / "wild")
-            if done <= reached:  # every kill comes after some progress, as failures of machines do
-                continue
-            ranks = _ranks(tmp_path / "wild")
-            victims = [pid for pid in ranks if psutil.pid_exists(pid)]
-            if len(victims) < nproc:
-                continue
-            reached = done
-            os.kill(chance.choice(victims), signal.SIGKILL)
-            killed += 1
-        _, told = process.communicate(timeout=patience)
-    assert process.returncode == 0, told[-4000:]
-    assert killed == kills, f"the run ended after {killed} kills"
-    assert curve(tmp_path / "wild") == curve(tmp_path / "calm")
-
-
-def _newest(out: Path) -> int:
-    return max((int(folder.name.split("-")[1]) for folder in (out / "checkpoints").glob("step-*")), default=0)
-
-
-def _ranks(out: Path) -> list[int]:
-    """The processes that train now."""
-    found = []
-    for file in sorted((out / "ranks").glob("rank-*.alive")):
-        text = file.read_text(errors="ignore").strip("\0 \n")
-        if text:
-            found.append(json.loads(text)["pid"])
-    return found
-
-
 def test_sigterm_saves_and_ends_well(recipe: Path, tmp_path: Path) -> None:
     words = ("--nproc", "2", "--plan", "shard=2", "--set", "steps=100000", "--set", "validation.every=100000")
     with subprocess.Popen(
         command(recipe, tmp_path, *words), env=environment(), stderr=subprocess.PIPE, text=True
     ) as process:
         until = time.monotonic() + 120
-        while _newest(tmp_path) < 10 and time.monotonic() < until:
+        while newest(tmp_path) < 10 and time.monotonic() < until:
             time.sleep(0.2)
         asked = time.monotonic()
         process.send_signal(signal.SIGTERM)
         _, told = process.communicate(timeout=60)
     assert process.returncode == 0, told[-3000:]
     assert time.monotonic() - asked < 30
-    assert _newest(tmp_path) == metrics(tmp_path)[-1]["step"]
+    assert newest(tmp_path) == metrics(tmp_path)[-1]["step"]
 
 
 @pytest.mark.parametrize(("kind", "holds"), [("slurm", "#SBATCH --nodes=2"), ("kubernetes", "kind: Job")])
 def test_a_job_file_carries_the_command(kind: str, holds: str, recipe: Path, tmp_path: Path) -> None:
     words = ("--job", kind, "--plan", "shard=8", "--set", "job.nodes=2", "--set", "job.image=danlu:1")
-    made = run(recipe, tmp_path, *words).stdout
+    made = here(recipe, tmp_path, *words)
     assert holds in made and "--plan shard=8" in " ".join(made.split()) and "--nodes 2" in " ".join(made.split())
     assert not list(tmp_path.iterdir())
 
@@ -246,7 +152,7 @@ def test_a_job_file_carries_the_command(kind: str, holds: str, recipe: Path, tmp
 def test_what_cannot_be_done_is_said_in_one_message(
     words: tuple[str, ...], told: list[str], recipe: Path, tmp_path: Path
 ) -> None:
-    said = run(recipe, tmp_path, *words, code=2).stderr
+    said = here(recipe, tmp_path, *words, code=2)
     assert all(one in said for one in told), said
     assert "Traceback" not in said
     assert not (tmp_path / "checkpoints").exists() or not list((tmp_path / "checkpoints").iterdir())
