@@ -32,6 +32,7 @@ class Inputs:
 
     Attributes:
         products: fp32 [columns, columns], damped.
+        ridge: what damping added to every square.
         importance: fp32 [columns], the damped sum of squares.
         factor: fp32 [columns, columns], the upper Cholesky factor of the inverse of the damped products.
         shift: fp32 [columns, columns] or None; see `aim`.
@@ -40,9 +41,11 @@ class Inputs:
     def __init__(self, products: Tensor, drift: Tensor | None = None, damping: float = DAMPING) -> None:
         self.shift = None
         if drift is not None:
-            lower = torch.linalg.cholesky(_damp(products.clone(), CAUTION))
+            damped = products.clone()
+            _damp(damped, CAUTION)
+            lower = torch.linalg.cholesky(damped)
             self.shift = torch.cholesky_solve(drift.T, lower).T
-        self.products = _damp(products, damping)
+        self.products, self.ridge = products, _damp(products, damping)
         self.importance = self.products.diagonal().clone()
         # Matrices of this size are the largest things in memory: each takes the place of the one before it.
         inverse = torch.linalg.cholesky(self.products)
@@ -60,10 +63,11 @@ class Inputs:
         return weight if self.shift is None else torch.addmm(weight, weight, self.shift)
 
 
-def _damp(products: Tensor, share: float) -> Tensor:
-    """The products, a share of their mean square added to every square in place."""
-    products.diagonal().add_(share * products.diagonal().mean().clamp(min=1e-12))
-    return products
+def _damp(products: Tensor, share: float) -> float:
+    """Add a share of their mean square to every square in place. Returns what was added."""
+    ridge = share * float(products.diagonal().mean().clamp(min=1e-12))
+    products.diagonal().add_(ridge)
+    return ridge
 
 
 def compensate(weight: Tensor, inputs: Inputs, block: int, begin: Callable[[int, Tensor], Choice]) -> Tensor:

@@ -2,9 +2,9 @@
 
 With g the gradient at a layer's outputs of the loss on words that the model itself draws, the divergence of a change E
 of its weights is half the mean of (g^T E x)^2 (Fisher information, arXiv:1412.1193), taken apart into inputs and
-outputs (K-FAC, arXiv:1503.05671) with the outputs' part on its diagonal. What compensation leaves of a rounding error
-e of column c is e^2 / U_cc^2, where U is the factor that compensates (danlu/compress/compensate.py). Rows are drawn by
-how much they count, as few tell the sum.
+outputs (K-FAC, arXiv:1503.05671) with the outputs' part on its diagonal. What compensation leaves of a column's error
+is told by the factor that compensates (danlu/compress/compensate.py). Rows are drawn by how much they count, as few tell
+the sum.
 
 llama.cpp also rounds what it multiplies such a matrix with to 8 bits, a step for each of the format's blocks. With u
 the gradient at a layer's inputs, that brings half the mean of u^2 x the variance of the error, which is told apart: no
@@ -149,8 +149,13 @@ def formats(types: Sequence[str], columns: int) -> dict[str, Format]:
 
 
 def _by_column(inputs: Inputs) -> Tensor:
-    """What a squared error of each column costs once the others have made up for it, fp32 [columns]."""
-    return inputs.factor.diagonal().square().reciprocal()
+    """What a squared error of each column costs once the others have made up for it, fp32 [columns].
+
+    An error e of column c becomes (e / U_cc) U_c. Its square under the damped products is e^2 / U_cc^2; under those
+    that the inputs really have it is less by what damping adds.
+    """
+    seen = 1 - inputs.ridge * inputs.factor.square().sum(1)
+    return seen.clamp(min=0) / inputs.factor.diagonal().square()
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def test_patterns_hold_in_every_group(seed: int, pattern: tuple[int, int], metho
 @given(st.integers(1, 30), st.integers(1, 20), st.floats(0.05, 0.95))
 def test_the_share_is_exact_even_among_equals(rows: int, columns: int, share: float) -> None:
     same, sparsity = torch.ones(rows, columns), Sparsity("magnitude", share)
-    assert lowest(same, sparsity, by_row=False).sum() == round(share * rows * columns)
+    assert lowest(same, sparsity, by_row=False).sum() == round(share * (rows * columns))
     assert (lowest(same, sparsity, by_row=True).sum(1) == round(share * columns)).all()
 
 
