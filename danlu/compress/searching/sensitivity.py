@@ -3,8 +3,8 @@
 With g the gradient at a layer's outputs of the loss on words that the model itself draws, the divergence of a change E
 of its weights is half the mean of (g^T E x)^2 (Fisher information, arXiv:1412.1193), taken apart into inputs and
 outputs (K-FAC, arXiv:1503.05671) with the outputs' part on its diagonal. What compensation leaves of a column's error
-is told by the factor that compensates (danlu/compress/compensate.py). Rows are drawn by how much they count, as few tell
-the sum.
+is told by the factor that compensates (danlu/compress/compensate.py). Rows are drawn by how much they count, as few
+tell the sum.
 
 llama.cpp also rounds what it multiplies such a matrix with to 8 bits, a step for each of the format's blocks. With u
 the gradient at a layer's inputs, that brings half the mean of u^2 x the variance of the error, which is told apart: no
