@@ -237,7 +237,7 @@ def run(asked: Any, documents: dict[str, str], kept: Kept) -> dict[str, Any]:
         if (figures := kept.figures(name)) is None:
             used = ours(asked.model, text, kept.path(name), [*words, "--tokens", str(asked.tokens)])
             figures = kept.keep(name, scored(original, kept.path(name), scored_on, groups) | used)
-        # The card's figure is of that program alone; Linux counts into a child's maximum what this one held at the fork.
+        # The card has that program alone; Linux counts into a child's maximum what this one held at the fork.
         card = json.loads((kept.folder / f"{name}.gguf.card.json").read_text(encoding="utf-8"))
         found[name] = figures | {"peak_memory": card["peak_memory_bytes"]}
         say(f"{name}: {figures['divergence']['value']:.4f} nat")
