@@ -199,11 +199,20 @@ def _lost(drawn: Sequence[_Drawn], form: Format) -> list[float]:
     importance, by_column = (
         torch.cat([getattr(each, name).expand_as(each.rows) for each in drawn]) for name in ("importance", "by_column")
     )
-    blocks = rows.reshape(-1, form.block)  # rounded by themselves, so that all can be at once
-    grid = form.fit(blocks, importance.reshape(-1, form.block))
-    errors = (grid.values(grid.codes(blocks)) - blocks).square().view_as(rows)
+    weights = importance.reshape(-1, form.block)  # blocks are rounded by themselves, so that all can be at once
+    errors = _errors(rows.reshape(-1, form.block), weights, form)
+    # When its turn comes, a column has been moved about as far as it is off itself. Without that, weights that lie on
+    # some format's grid would be told to suit other formats as they no longer do.
+    moved = rows.reshape(-1, form.block) + errors.roll(1, 1)
+    errors = _errors(moved, weights, form).square().view_as(rows)
     parts = (errors * by_column).sum(1).split([len(each.rows) for each in drawn])
     return [each.total * float(part.mean()) for each, part in zip(drawn, parts, strict=True)]
+
+
+def _errors(blocks: Tensor, weights: Tensor, form: Format) -> Tensor:
+    """What rounding changes, fp32 [blocks, columns]."""
+    grid = form.fit(blocks, weights)
+    return grid.values(grid.codes(blocks)) - blocks
 
 
 def _ends(
