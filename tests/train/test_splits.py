@@ -112,7 +112,8 @@ def alone(kind: str) -> list[tuple[float, float]]:
     return curve(kind, "data=1")
 
 
-LONG = [(kind, "tensor=2,context=2,data=2") for kind in ("dense", "mixture")]  # each of the three stays, with others
+# Of 4 and 8 processes; each two of what they split by stay, with others.
+LONG = [(kind, "tensor=2,context=2,data=2") for kind in CONFIGS] + [("mixture", "expert=2,tensor=2,shard=2")]
 
 
 @pytest.mark.parametrize(
