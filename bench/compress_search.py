@@ -11,8 +11,8 @@ speed      the best that decodes as fast as llama.cpp's Q4_0: divergence at most
 
 Texts, importance matrix and held-out pieces are those of bench/compress.py. Every file is scored on the same pieces,
 and all decode by turns in fresh processes. The package's weights were Q4_1 once, so that Q4_1 and Q5_1 hold them
-without loss: both are left out unless --types names them. --effort says how much the search spends: fast, usual or
-best. What is done is kept in DIR, and a second call goes on from there.
+without loss: both are left out unless --types names them. --effort says how much the search spends in all cases
+but `fast`: fast, usual or best. What is done is kept in DIR, and a second call goes on from there.
 """
 
 from __future__ import annotations
@@ -67,12 +67,14 @@ class Bench:
 
     def find(self, name: str, limits: list[str]) -> dict[str, Any]:
         """What the search makes under limits, kept under a name, with what it told and measured of it."""
-        if (known := self.kept.figures(name)) is not None:
+        effort = "fast" if name == "fast" else self.asked.effort
+        known = self.kept.figures(name)
+        if known is not None and known.get("effort") == effort:
             return known
-        out, effort = self.kept.folder / "search", {"fast": ["--fast"], "best": ["--best"]}.get(self.asked.effort, [])
+        out, spent = self.kept.folder / "search", {"fast": ["--fast"], "best": ["--best"]}.get(effort, [])
         words = [
             *("compress", BASE, "--calibration", str(self.calibration), "--heldout", str(self.heldout)),
-            *("--types", self.asked.types, "--minutes", self.asked.minutes, "--out", str(out), *effort, *limits),
+            *("--types", self.asked.types, "--minutes", self.asked.minutes, "--out", str(out), *spent, *limits),
         ]
         started = time.monotonic()
         ended = subprocess.run([sys.executable, "-m", "danlu", *words], check=False)
@@ -81,7 +83,8 @@ class Bench:
             raise SystemExit(f"danlu {' '.join(words)} ended with code {ended.returncode}")
         frontier = json.loads((out / "frontier.json").read_text(encoding="utf-8"))
         self.kept.path(name).write_bytes((out / "model.gguf").read_bytes())
-        about = {"limits": limits, "seconds": seconds, "passed": ended.returncode == 0, "why": frontier["why"]}
+        about = {"effort": effort, "limits": limits, "seconds": seconds}
+        about |= {"passed": ended.returncode == 0, "why": frontier["why"]}
         about["candidates"] = [candidate(each) for each in frontier["measured"]]
         return self.kept.keep(name, about | self.score(self.kept.path(name)))
 
@@ -173,7 +176,7 @@ def main() -> None:
     show(found)
     told = bars(found)
     table("Bars", ("bar", "reached", "limit", "met"), [(name, f"{a:.4g}", f"{b:.4g}", met) for name, a, b, met in told])
-    emit("compress_search", {"effort": asked.effort, "types": asked.types, "files": found, "bars": told}, asked.save)
+    emit("compress_search", {"types": asked.types, "files": found, "bars": told}, asked.save)
 
 
 def show(found: dict[str, dict[str, Any]]) -> None:
