@@ -27,7 +27,9 @@ def resident():
 faults()
 outside = faults()
 with kept_memory():
-    inside = min(faults() for _ in range(5))
+    # glibc before 2.38 asks an aligned tensor's padding on top of what it freed, so a freed place is too small until two
+    # neighbours have joined: up to seven rounds fault, then none does.
+    inside = sum([faults() for _ in range(40)][-10:])
     held = resident()
 print(outside, inside, held - resident())
 """
