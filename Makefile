@@ -66,9 +66,10 @@ bench-compress: $(VENV)/.installed-dev ## compression beside llama.cpp's own qua
 	$(BIN)/python bench/compress_distill.py
 	$(BIN)/python bench/compress_exports.py
 
-soak: $(VENV)/.installed-dev ## run the long checks: what is killed at random moments, every plan taken up by every other
+soak: $(VENV)/.installed-dev ## run the long checks: what is killed at random moments, every plan taken up by every other, properties of numbers drawn anew
 	@echo "== the long checks: pytest -m soak"
 	$(BIN)/python -m pytest -m soak
+	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile default
 
 clean: ## delete the environment and the caches; runs/ stays
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -121,7 +121,7 @@ def main() -> None:
             preset,
             f"{each['bytes'] / 1e6:.1f}",
             f"{each['danlu']:.4f}",
-            f"{each['llama.cpp']:.4f}",
+            f"{each['llama_cpp']:.4f}",
             each["best_stock"],
             f"{each['best_stock_divergence']:.4f}",
             each["met"],

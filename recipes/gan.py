@@ -28,6 +28,7 @@ from danlu.train.replica import Replica
 
 ROWS, NOISE = 256, 2  # points a step; numbers that one is made from
 MODES, RADIUS, SPREAD = 8, 2.0, 0.02  # as in arXiv:1611.02163
+BLUR = 1.0  # standard deviation that points are blurred by at the start
 app = typer.Typer(add_completion=False)
 
 
@@ -38,10 +39,12 @@ class Points(Examples):
     Attributes:
         real: fp32 [B, 2].
         noise: fp32 [B, NOISE], standard normal.
+        blur: fp32 [B, 2], that is added to real and to made points before they are judged.
     """
 
     real: Tensor
     noise: Tensor
+    blur: Tensor
 
 
 def centres() -> Tensor:
@@ -51,16 +54,18 @@ def centres() -> Tensor:
 
 
 class Ring:
-    """Batches of points, no two the same."""
+    """Batches of points, no two the same; blurred at first, so that all modes are one to begin with, and sharp after
+    half of the steps (arXiv:1610.04490)."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, steps: int) -> None:
+        self.seed, self.steps = seed, steps
 
     def batch(self, step: int) -> Points:
         drawn = chance(self.seed, step)
         which = torch.randint(MODES, (ROWS,), generator=drawn)
         real = centres()[which] + SPREAD * torch.randn(ROWS, 2, generator=drawn)
-        return Points(real, torch.randn(ROWS, NOISE, generator=drawn))
+        blur = BLUR * max(0.0, 1 - 2 * step / self.steps) * torch.randn(ROWS, 2, generator=drawn)
+        return Points(real, torch.randn(ROWS, NOISE, generator=drawn), blur)
 
 
 def layers(inputs: int, outputs: int, width: int = 128) -> nn.Sequential:
@@ -75,9 +80,9 @@ def judging(models: nn.ModuleDict, batch: Points, penalty: float = 0.005) -> Los
 
     Its slope at real points is held down (arXiv:1801.04406), or the two would circle each other for ever.
     """
-    real = batch.real.detach().requires_grad_()
+    real = (batch.real + batch.blur).detach().requires_grad_()
     verdict = models["judge"](real)
-    made = models["judge"](models["maker"](batch.noise).detach())
+    made = models["judge"](models["maker"](batch.noise).detach() + batch.blur.flip(0))
     wrong = F.softplus(-verdict).sum() + F.softplus(made).sum()
     [slope] = torch.autograd.grad(verdict.sum(), real, create_graph=True)
     return Loss(wrong, batch.count, penalty / 2 * slope.square().sum())
@@ -85,7 +90,7 @@ def judging(models: nn.ModuleDict, batch: Points, penalty: float = 0.005) -> Los
 
 def making(models: nn.ModuleDict, batch: Points) -> Loss:
     """The maker's objective: that its points pass for real (section 3's second form, which does not saturate)."""
-    return Loss(F.softplus(-models["judge"](models["maker"](batch.noise))).sum(), batch.count)
+    return Loss(F.softplus(-models["judge"](models["maker"](batch.noise) + batch.blur.flip(0))).sum(), batch.count)
 
 
 @torch.no_grad()
@@ -111,7 +116,7 @@ def learn(task: Task) -> Figures:
         take_turn(dict(models[name].named_parameters(name)), task.steps, settings[name], schedule)
         for name in ("judge", "maker")
     )
-    figures = fit(task, "gan", Replica(models, [judging, making]), [judge, maker], Ring(task.seed))
+    figures = fit(task, "gan", Replica(models, [judging, making]), [judge, maker], Ring(task.seed, task.steps))
     assert maker.average is not None
     with maker.average.swapped():
         save_weights(models, task.out / "gan.safetensors")

@@ -1,7 +1,7 @@
 """One choice for each matrix, so that the whole is best under limits: a multiple-choice knapsack.
 
 Prices on what is limited make every matrix choose for itself (Everett 1963, doi:10.1287/opre.11.3.399): all prices of a
-grid give a set of answers on the border of what is possible, of which the best within the limits is bettered by single
+grid give a set of answers on the border of what is possible, of which the best within the limits are bettered by single
 changes until none helps. What the prices alone prove says how far from the best conceivable that is.
 """
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 PRICES = 40  # of each limited figure, besides 0
 REACH = 1e4  # between the middle price and the highest
+BETTERED = 20  # answers; 6 matrices are then at most 1.25 times the best in 300 trials, with the best one alone 1.91
 
 Floats = NDArray[np.float64]
 
@@ -66,7 +67,7 @@ def solve(choices: Choices, limits: Sequence[float], smallest: int) -> Answer:
     """
     most = np.asarray(limits, np.float64)
     padded, scale = _padded(choices)
-    best: Answer | None = None
+    found: dict[tuple[int, ...], Answer] = {}
     bound = -np.inf
     for prices in _grid(most, smallest, scale):
         priced = np.tensordot(prices, padded, 1)
@@ -75,13 +76,14 @@ def solve(choices: Choices, limits: Sequence[float], smallest: int) -> Answer:
         limited = np.where(np.isfinite(most) & (prices > 0), most, 0.0)
         limited[smallest] = 0.0
         bound = max(bound, float(priced.min(axis=1).sum() - prices @ limited))
-        answer = Answer(tuple(chosen.tolist()), totals, bool((totals <= most).all()))
-        best = answer if best is None else _better(best, answer, most, smallest)
-    assert best is not None
-    if not best.within:
-        return best
-    better = _single_changes(padded, best, most, smallest)
-    return Answer(better.chosen, better.totals, True, bound)
+        names = tuple(chosen.tolist())
+        found[names] = Answer(names, totals, bool((totals <= most).all()))
+    within = sorted((each for each in found.values() if each.within), key=lambda each: float(each.totals[smallest]))
+    if not within:
+        return min(found.values(), key=lambda each: excess(each.totals, most))
+    better = [_single_changes(padded, each, most, smallest) for each in within[:BETTERED]]
+    best = min(better, key=lambda each: float(each.totals[smallest]))
+    return Answer(best.chosen, best.totals, True, bound)
 
 
 def excess(totals: Floats, limits: Floats) -> float:
@@ -110,14 +112,6 @@ def _grid(limits: Floats, smallest: int, scale: Floats) -> Iterator[Floats]:
         for figure, step in zip(limited, place, strict=True):
             prices[figure] = steps[step] * scale[smallest] / scale[figure]
         yield prices
-
-
-def _better(one: Answer, other: Answer, limits: Floats, smallest: int) -> Answer:
-    if one.within != other.within:
-        return one if one.within else other
-    if one.within:
-        return one if one.totals[smallest] <= other.totals[smallest] else other
-    return one if excess(one.totals, limits) <= excess(other.totals, limits) else other
 
 
 def _single_changes(padded: Floats, answer: Answer, limits: Floats, smallest: int) -> Answer:

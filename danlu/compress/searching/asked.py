@@ -24,7 +24,7 @@ from danlu.gguf_header import read_header
 from danlu.model.checkpoint import Checkpoint
 
 KEPT_APART = 0.15  # of the calibration text, its end: candidates are compared on it, and nothing is fitted to it
-KEPT_FORM = 2  # of what is kept for going on: what another version kept is left aside, not misread
+KEPT_FORM = 3  # of what is kept for going on: what another version kept is left aside, not misread
 
 
 @dataclass(frozen=True)

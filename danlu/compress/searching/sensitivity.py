@@ -7,8 +7,8 @@ is told by the factor that compensates (danlu/compress/compensate.py). Rows are 
 tell the sum.
 
 llama.cpp also rounds what it multiplies such a matrix with to 8 bits, a step for each of the format's blocks. With u
-the gradient at a layer's inputs, that brings half the mean of u^2 x the variance of the error, which is told apart: no
-better weights would mend it.
+the gradient at a layer's inputs and e what that changes of them, it brings half the mean of (u^T e)^2, which is told
+apart: no better weights would mend it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from danlu.compress.compensate import ROUNDING, Inputs
+from danlu.compress.quantizing.formats.grid import inverse
 from danlu.compress.quantizing.formats.known import Format, fitting, format_of
+from danlu.compress.quantizing.formats.plain import Q4_0
+from danlu.compress.quantizing.held import SAME
 from danlu.compress.quantizing.mixes import head_of, matrices
 from danlu.compress.walk import Walk
 from danlu.console import progress
@@ -30,7 +33,7 @@ from danlu.model.checkpoint import Checkpoint
 from danlu.model.transformer import Decoder
 
 EMBEDDING = "embedding.tokens.weight"
-SAMPLE = 8  # rows of a matrix that are rounded to tell its error
+SAMPLE = 24  # rows of a matrix that are rounded to tell its error
 WORDS = 64  # rows of the embedding and head
 
 INPUT_BLOCKS = (32, 256)  # numbers that share a step, in inputs as in the weights of a format
@@ -58,8 +61,8 @@ class _Outputs:
     Attributes:
         squares: by the layer's name; the embedding's are those of what it puts into the stream.
         head: of each word's logit, the mean of p (1 - p), fp32 [vocab].
-        inputs: by the layer's name and the block, the sum of squared gradients at its inputs x the variance that
-            rounding them to 8 bits brings.
+        inputs: by the layer's name and the block, the sum of squares of what rounding its inputs to 8 bits changes
+            of the loss.
         tokens: that were seen.
     """
 
@@ -72,12 +75,14 @@ class _Outputs:
         found = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(0)
         self.squares[name] = self.squares[name] + found if name in self.squares else found
 
-    def note_inputs(self, name: str, variances: Mapping[int, Tensor], gradient: Tensor) -> None:
-        """What `input_variances` gave, and the gradient there, [..., columns]."""
-        squares = gradient.reshape(-1, gradient.shape[-1]).float().square()
-        sums = self.inputs.setdefault(name, dict.fromkeys(variances, 0.0))
-        for block, variance in variances.items():
-            sums[block] += float((squares.unflatten(1, (-1, block)).sum(-1) * variance).sum())
+    def note_inputs(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        """A layer's inputs and the gradient there, both [..., columns]."""
+        x, gradient = (each.reshape(-1, each.shape[-1]).float() for each in (x, gradient))
+        sums = self.inputs.setdefault(name, {})
+        for block in INPUT_BLOCKS:
+            if x.shape[1] % block == 0:
+                changed = (input_errors(x, block) * gradient).sum(1)
+                sums[block] = sums.get(block, 0.0) + float(changed.square().sum())
 
     def of_inputs(self, name: str, types: Sequence[str], columns: int) -> dict[str, float]:
         """What rounding a layer's inputs costs in each format, nat a token; nothing where rows are only looked up."""
@@ -85,14 +90,14 @@ class _Outputs:
         return {kind: 0.5 / self.tokens * sums[form.block] for kind, form in formats(types, columns).items()}
 
 
-def input_variances(x: Tensor) -> dict[int, Tensor]:
-    """The variance of what rounding inputs, [..., columns], to 8 bits changes: by block, fp32 [tokens, blocks]."""
-    flat = x.detach().reshape(-1, x.shape[-1]).float()
-    return {
-        block: (flat.unflatten(1, (-1, block)).abs().amax(-1) / INPUT_LEVELS).square() / 12
-        for block in INPUT_BLOCKS
-        if flat.shape[1] % block == 0
-    }
+def input_errors(x: Tensor, block: int) -> Tensor:
+    """What rounding inputs, fp32 [tokens, columns], to 8 bits changes: the same shape.
+
+    Most are far smaller than the largest of their block and become 0, so that the error is not one of even chance.
+    """
+    parts = x.unflatten(1, (-1, block))
+    step = parts.abs().amax(-1, keepdim=True) / INPUT_LEVELS
+    return (parts.mul(inverse(step)).round_().mul_(step) - parts).flatten(1)
 
 
 def sensitivities(checkpoint: Checkpoint, rows: Tensor, types: Sequence[str], seed: int = 0) -> Sensitivities:
@@ -199,20 +204,31 @@ def _lost(drawn: Sequence[_Drawn], form: Format) -> list[float]:
     importance, by_column = (
         torch.cat([getattr(each, name).expand_as(each.rows) for each in drawn]) for name in ("importance", "by_column")
     )
-    weights = importance.reshape(-1, form.block)  # blocks are rounded by themselves, so that all can be at once
-    errors = _errors(rows.reshape(-1, form.block), weights, form)
-    # When its turn comes, a column has been moved about as far as it is off itself. Without that, weights that lie on
-    # some format's grid would be told to suit other formats as they no longer do.
-    moved = rows.reshape(-1, form.block) + errors.roll(1, 1)
-    errors = _errors(moved, weights, form).square().view_as(rows)
+    # Weights may lie on some format's grid, as those of a file of few bits do; what rounding aims at does not, as it
+    # makes up for the layers before and for the columns before.
+    aims = rows + _neighbours_errors(rows, importance, Q4_0)
+    moved = aims + _neighbours_errors(aims, importance, form)
+    moved = torch.where(_is_held(rows, _errors(rows, importance, form)), rows, moved)
+    errors = _errors(moved, importance, form).square()
     parts = (errors * by_column).sum(1).split([len(each.rows) for each in drawn])
     return [each.total * float(part.mean()) for each, part in zip(drawn, parts, strict=True)]
 
 
-def _errors(blocks: Tensor, weights: Tensor, form: Format) -> Tensor:
-    """What rounding changes, fp32 [blocks, columns]."""
-    grid = form.fit(blocks, weights)
-    return grid.values(grid.codes(blocks)) - blocks
+def _neighbours_errors(rows: Tensor, weights: Tensor, form: Format) -> Tensor:
+    """What rounding changes in the column before: about as far as a column has been moved when its turn comes."""
+    return _errors(rows, weights, form).unflatten(1, (-1, form.block)).roll(1, -1).flatten(1)
+
+
+def _is_held(rows: Tensor, errors: Tensor) -> Tensor:
+    """Whether a format holds rows as they are, bool [rows, 1]: then nothing needs to be made up for."""
+    return errors.square().sum(1, keepdim=True) <= SAME * rows.square().sum(1, keepdim=True)
+
+
+def _errors(rows: Tensor, weights: Tensor, form: Format) -> Tensor:
+    """What rounding changes, fp32 [rows, columns]."""
+    blocks = rows.reshape(-1, form.block)  # they are rounded by themselves, so that all can be at once
+    grid = form.fit(blocks, weights.reshape(-1, form.block))
+    return (grid.values(grid.codes(blocks)) - blocks).view_as(rows)
 
 
 def _ends(
@@ -251,7 +267,7 @@ def _watch_outputs(checkpoint: Checkpoint, rows: Tensor, generator: torch.Genera
             outputs.head += (guesses * (1 - guesses)).sum(0)
             chosen = torch.multinomial(guesses, 1, generator=generator)
             guesses.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=guesses.dtype))
-            outputs.note_inputs(head, input_variances(hidden), _backward(model, hidden, guesses))
+            outputs.note_inputs(head, hidden.detach(), _backward(model, hidden, guesses))
             outputs.tokens += len(row)
             tick.advance(1)
     for handle in handles:
@@ -271,11 +287,11 @@ def _backward(model: Decoder, hidden: Tensor, gradient: Tensor) -> Tensor:
 
 def _hooks(model: Decoder, outputs: _Outputs) -> Iterator[torch.utils.hooks.RemovableHandle]:
     def watch(name: str, module: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
-        variances = input_variances(given[0])
+        x = given[0].detach()
 
         def note(gradient: Tensor) -> None:
             outputs.note(name, gradient)
-            outputs.note_inputs(name, variances, gradient @ module.get_parameter("weight"))
+            outputs.note_inputs(name, x, gradient @ module.get_parameter("weight"))
 
         made.register_hook(note)
 
