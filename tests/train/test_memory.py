@@ -27,8 +27,8 @@ def resident():
 faults()
 outside = faults()
 with kept_memory():
-    # glibc before 2.38 asks an aligned tensor's padding on top of what it freed, so a freed place is too small until two
-    # neighbours have joined: up to seven rounds fault, then none does.
+    # glibc before 2.38 wants room for alignment besides, so that a freed place is too small until it has joined another:
+    # up to seven rounds fault, then none does.
     inside = sum([faults() for _ in range(40)][-10:])
     held = resident()
 print(outside, inside, held - resident())
