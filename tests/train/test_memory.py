@@ -27,7 +27,7 @@ def resident():
 faults()
 outside = faults()
 with kept_memory():
-    # glibc before 2.38 wants room for alignment besides, so that a freed place is too small until it has joined another:
+    # glibc before 2.38 wants room for alignment too, so that a freed place is too small until it has joined another:
     # up to seven rounds fault, then none does.
     inside = sum([faults() for _ in range(40)][-10:])
     held = resident()
