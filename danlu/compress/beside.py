@@ -5,7 +5,7 @@ What a layer is to give is what it gives in the original; what it is given is wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +16,8 @@ from danlu.compress.compensate import ROUNDING, Inputs
 from danlu.compress.walk import Walk
 from danlu.model.config import ModelConfig
 from danlu.model.stored import Make
+
+HELD = 2**28  # bytes, at most, of what a block's layers are given in the original
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,11 @@ class Beside:
         for layer in range(self.original.model.config.layers):
             self.original.enter(layer)
             block = self.changed.enter(layer)
-            yield Turn(f"blocks.{layer}.", block, self._layers(layer, block))
+            sharing = self._sharing(layer, block)
+            known = self._known(layer, [names[0] for names in sharing])
+            yield Turn(f"blocks.{layer}.", block, self._layers(layer, sharing, known))
+            for walk in (self.original, self.changed) if known is None else (self.changed,):
+                walk.go_on(layer)
             self.original.leave(layer)
             self.changed.leave(layer)
 
@@ -61,10 +67,24 @@ class Beside:
         weights = self.changed.finish()
         return weights, _inputs(zip(self.original.hidden, self.changed.hidden, strict=True))
 
-    def _layers(self, layer: int, block: nn.Module) -> Iterator[tuple[list[str], Inputs | None]]:
-        for names in self._sharing(layer, block):
-            walks = (self.original, self.changed)
-            yield names, _inputs(zip(*(_given(walk, layer, names[0]) for walk in walks), strict=True))
+    def _known(self, layer: int, names: Sequence[str]) -> dict[str, list[Tensor]] | None:
+        """What layers are given in the original, which goes on through the block once for all of them.
+
+        None where that would take too much memory: it is then computed again for each layer, when it is asked for.
+        """
+        block = self.original.model.blocks.get_submodule(str(layer))
+        columns = sum(block.get_parameter(f"{name}.weight").shape[1] for name in names)
+        tokens = sum(x.shape[0] * x.shape[1] for x in self.original.hidden)
+        held = tokens * columns * self.original.dtype.itemsize
+        return self.original.go_on(layer, names) if held <= HELD else None
+
+    def _layers(
+        self, layer: int, sharing: Sequence[list[str]], known: dict[str, list[Tensor]] | None
+    ) -> Iterator[tuple[list[str], Inputs | None]]:
+        for names in sharing:
+            name = names[0]
+            before = _given(self.original, layer, name) if known is None else known.pop(name)
+            yield names, _inputs(zip(before, _given(self.changed, layer, name), strict=True))
 
     def _sharing(self, layer: int, block: nn.Module) -> list[list[str]]:
         """Names of linear layers in the order they are computed, those that are given the very same tensor together."""
@@ -104,12 +124,12 @@ def _given(walk: Walk, layer: int, name: str) -> Iterator[Tensor]:
             try:
                 walk.compute(layer, x)
             except _Enough as found:
-                yield found.x
+                yield found.x.to(walk.dtype)
     finally:
         handle.remove()
 
 
-def _inputs(pairs: Iterator[tuple[Tensor, Tensor]]) -> Inputs | None:
+def _inputs(pairs: Iterable[tuple[Tensor, Tensor]]) -> Inputs | None:
     """Of what a layer is given in the original and in the changed model, each [..., columns]."""
     products = drift = torch.zeros(0)
     for before, after in pairs:

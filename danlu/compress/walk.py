@@ -3,7 +3,7 @@ does not grow with the number of layers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -56,6 +56,7 @@ class Walk:
 
     Attributes:
         model: on the meta device, but for the part whose turn it is.
+        dtype: see above.
         hidden: the stream between blocks, fp32 [ROWS, T, width] each.
     """
 
@@ -64,7 +65,7 @@ class Walk:
     ) -> None:
         made = without_memory(config)
         assert isinstance(made, Decoder | Encoder)
-        self.model, self._makers, self._dtype = made.eval(), makers, dtype
+        self.model, self._makers, self.dtype = made.eval(), makers, dtype
         self._places = torch.arange(rows.shape[1]).expand(ROWS, -1)
         self._rows = rows.split(ROWS)
         self._sights: dict[tuple[bool, int], tuple[Sight]] = {}
@@ -90,6 +91,7 @@ class Walk:
             for handle in handles:
                 handle.remove()
             yield f"blocks.{layer}.", block, products
+            self.go_on(layer)
             self.leave(layer)
 
     def enter(self, layer: int) -> nn.Module:
@@ -104,13 +106,30 @@ class Walk:
         if key not in self._sights:
             batch = Batch(self._places[: len(x)], None, None, None)
             self._sights[key] = (self_sight(self.model.config, layer, batch, None),)
-        with torch.autocast("cpu", self._dtype, self._dtype != torch.float32):
+        with torch.autocast("cpu", self.dtype, self.dtype != torch.float32):
             made: Tensor = self.model.blocks.get_submodule(str(layer))(x, self._sights[key])
         return made.float()
 
-    def leave(self, layer: int) -> None:
-        """The stream goes on through the block as it now is; its weights are dropped."""
+    def go_on(self, layer: int, names: Sequence[str] = ()) -> dict[str, list[Tensor]]:
+        """The stream goes on through the block as it now is.
+
+        Returns: what linear layers of these names were given, part of the stream after part, in the dtype that they
+            multiply in.
+        """
+        block = self.model.blocks.get_submodule(str(layer))
+        given: dict[str, list[Tensor]] = {name: [] for name in names}
+
+        def note(name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            given[name].append(inputs[0].to(self.dtype))
+
+        handles = [block.get_submodule(name).register_forward_pre_hook(partial(note, name)) for name in names]
         self.hidden = [self.compute(layer, x) for x in self.hidden]
+        for handle in handles:
+            handle.remove()
+        return given
+
+    def leave(self, layer: int) -> None:
+        """A block's weights are dropped."""
         self._drop(self.model.blocks.get_submodule(str(layer)))
 
     def end(self) -> tuple[dict[str, Tensor], Tensor]:

@@ -75,6 +75,15 @@ def test_a_file_is_nearer_with_a_text_than_without_and_llama_cpp_runs_it(
         assert len(list(engine.generate([5, 6, 7], max_new_tokens=3))) == 3
 
 
+def test_what_is_too_large_to_be_kept_is_computed_again(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, most in {"kept": 2**30, "again": 0}.items():
+        monkeypatch.setattr(beside, "HELD", most)
+        quantize_model(Checkpoint.open(model), "q4_0", TEXT, tmp_path / f"{name}.gguf", tokens=2048)
+    assert (tmp_path / "kept.gguf").read_bytes() == (tmp_path / "again.gguf").read_bytes()
+
+
 def test_tuning_brings_it_nearer_still(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qat, "RATE", 5e-3)  # few steps, and weights that are no more than random
     checkpoint = Checkpoint.open(model)
