@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 
 
 class DanluError(Exception):
@@ -37,6 +38,12 @@ def nearest(word: str, known: list[str] | tuple[str, ...]) -> str | None:
 
     found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return found[0] if found else None
+
+
+def one_of(word: str, known: Sequence[str], listed: Sequence[str] | None = None) -> str:
+    """What to do about a word that is not known: the nearest that is, and all of them or, in their stead, those listed."""
+    close = nearest(word, list(known))
+    return f"did you mean {close}?  " * bool(close) + f"known: {', '.join(known if listed is None else listed)}"
 
 
 def need_extra(package: str, extra: str) -> DanluError:

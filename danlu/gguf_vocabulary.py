@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from danlu.console import warn
-from danlu.errors import DanluError, nearest
+from danlu.errors import DanluError, one_of
 from danlu.gguf_header import Header
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types of the GGUF specification
@@ -108,14 +108,8 @@ def _pre(header: Header) -> str:
         return "default"
     name = ALIASES.get(name, name)
     if name not in SPLITS:
-        known = [*SPLITS, *ALIASES]
-        close = nearest(name, known)
-        hint = f"did you mean {close}?  " if close else ""
-        raise DanluError(
-            f"the pre-tokenizer {name} is not known",
-            where=header.path,
-            fix=f"{hint}known: {', '.join(known)}; or use the model's Hugging Face directory",
-        )
+        fix = f"{one_of(name, [*SPLITS, *ALIASES])}; or use the model's Hugging Face directory"
+        raise DanluError(f"the pre-tokenizer {name} is not known", where=header.path, fix=fix)
     return name
 
 

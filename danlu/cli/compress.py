@@ -31,11 +31,26 @@ compress = typer.Typer(
 )
 app.add_typer(compress, name="compress")
 
+Calibration = Annotated[Path, typer.Option(help="A text file like what the model is for.")]
+ModelOut = Annotated[Path, typer.Option("--out", help="The directory to write.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Tokens of the text that are looked at, at most.")]
+Heldout = Annotated[Path | None, typer.Option(help="Another text file, on which the loss is measured.")]
+Dtype = Annotated[Literal["f32", "bf16"], typer.Option(help="Of the stored weights.")]
+Texts = Annotated[list[str], typer.Option("--text", help="A text file to learn from, or python-docs; repeatable.")]
+Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps.")]
+RunOut = Annotated[Path, typer.Option("--out", help="The run's directory; the same command goes on in it.")]
+Rows = Annotated[int, typer.Option(min=1, help="Rows a step.")]
+Window = Annotated[int, typer.Option(min=8, help="Tokens a row.")]
+Rate = Annotated[float, typer.Option(min=0, help="The learning rate at its highest.")]
+HeldoutFrom = Annotated[
+    Literal["documents", "end"], typer.Option(help="What is measured on: documents, or files' ends.")
+]
+
 
 @functools.partial(command, group=compress, name="quantize")
 def compress_quantize(
     ref: Ref,
-    calibration: Annotated[Path, typer.Option(help="A text file like what the model is for.")],
+    calibration: Calibration,
     out: Annotated[Path, typer.Option(help="The GGUF file to write.")],
     type_: Annotated[
         str | None, typer.Option("--type", help="The number format: q4_0, q4_k, q3_k, q2_k, iq4_nl, ...")
@@ -43,7 +58,7 @@ def compress_quantize(
     like: Annotated[
         Path | None, typer.Option(help="A GGUF of the same model: each matrix gets its type there.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of the text that are looked at, at most.")] = 16_384,
+    tokens: Tokens = 16_384,
     tune: Annotated[int, typer.Option(min=0, help="Steps of tuning afterwards, 2,048 tokens each.")] = 0,
     lora: Annotated[
         int, typer.Option(min=0, help="Rank of adapters that learn in half of these steps and are rounded in: say 16.")
@@ -65,17 +80,6 @@ def compress_quantize(
             f"{out}: "
             + ", ".join(f"{name} {each['value']:,.4g} {each['unit']}" for name, each in made["figures"].items())
         )
-
-
-Texts = Annotated[list[str], typer.Option("--text", help="A text file to learn from, or python-docs; repeatable.")]
-Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps.")]
-RunOut = Annotated[Path, typer.Option("--out", help="The run's directory; the same command goes on in it.")]
-Rows = Annotated[int, typer.Option(min=1, help="Rows a step.")]
-Window = Annotated[int, typer.Option(min=8, help="Tokens a row.")]
-Rate = Annotated[float, typer.Option(min=0, help="The learning rate at its highest.")]
-HeldoutFrom = Annotated[
-    Literal["documents", "end"], typer.Option(help="What is measured on: documents, or files' ends.")
-]
 
 
 @functools.partial(command, group=compress, name="distill")
@@ -167,13 +171,6 @@ def compress_exits(
         print_json(made.plain())
     else:
         print_exits(made)
-
-
-Calibration = Annotated[Path, typer.Option(help="A text file like what the model is for.")]
-ModelOut = Annotated[Path, typer.Option("--out", help="The directory to write.")]
-Tokens = Annotated[int, typer.Option(min=1, help="Tokens of the text that are looked at, at most.")]
-Heldout = Annotated[Path | None, typer.Option(help="Another text file, on which the loss is measured.")]
-Dtype = Annotated[Literal["f32", "bf16"], typer.Option(help="Of the stored weights.")]
 
 
 def _carry_out(

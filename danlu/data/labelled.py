@@ -16,7 +16,7 @@ from danlu.data.datasets import LabelledText, Question, TaggedWords
 from danlu.data.encoding import Encoded, Limit, cut, encode_all, fitted
 from danlu.data.memory import Ragged, tensor
 from danlu.data.stream import IGNORED
-from danlu.errors import DanluError, nearest
+from danlu.errors import DanluError, one_of
 from danlu.tokenizer import Tokenizer
 
 
@@ -169,9 +169,7 @@ def _numbers(labels: Sequence[str], names: Sequence[str]) -> list[int]:
     known = {name: number for number, name in enumerate(names)}
     for label in labels:
         if label not in known:
-            meant = nearest(label, list(names))
-            fix = f"did you mean {meant}?" if meant else f"known are {', '.join(names)}"
-            raise DanluError(f"the label {label!r} is not known", fix=fix)
+            raise DanluError(f"the label {label!r} is not known", fix=one_of(label, names))
     return [known[label] for label in labels]
 
 

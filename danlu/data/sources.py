@@ -26,7 +26,7 @@ from danlu.console import say
 from danlu.data import hub, python_docs
 from danlu.data.example import BadRow, Origin, Row
 from danlu.data.settings import PYTHON_DOCS, DataSettings, Source
-from danlu.errors import DanluError, nearest
+from danlu.errors import DanluError, nearest, one_of
 
 LONGEST_ROW = 64 * 2**20  # bytes or characters; a longer line or field is refused rather than read into memory
 PASSAGE = 8_000  # characters; a text file is read in passages of about this length, cut at a blank line
@@ -143,12 +143,9 @@ def _suffix(path: Path) -> str:
 def _reader(path: Path) -> Callable[[File, Source], Iterator[Row]]:
     suffix = _suffix(path)
     if suffix not in READERS:
-        meant = nearest(suffix, list(READERS))
-        hint = f"did you mean {meant}? " if meant else ""
         ending = f"files ending in {suffix}" if suffix else "files without an ending"
-        raise DanluError(
-            f"{ending} are not read here", where=path, fix=f"{hint}known are {', '.join(READERS)}, and .gz"
-        )
+        fix = f"{one_of(suffix, list(READERS))}, and .gz"
+        raise DanluError(f"{ending} are not read here", where=path, fix=fix)
     return READERS[suffix]
 
 

@@ -23,7 +23,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from danlu.errors import DanluError, nearest
+from danlu.errors import DanluError, one_of
 from danlu.model.config import AnyConfig, EncoderDecoderConfig, ModelConfig, PairConfig
 from danlu.model.head import WordHead
 from danlu.model.mixture import Bank
@@ -68,12 +68,7 @@ def starts(model: Model, scheme: Scheme, seed: int) -> dict[str, Make]:
     was not made of `mup_config`.
     """
     if scheme not in get_args(Scheme):
-        close = nearest(scheme, get_args(Scheme))
-        raise DanluError(
-            f"{scheme} is no scheme",
-            where="initialize",
-            fix=f"{f'did you mean {close}? ' if close else ''}known: {', '.join(get_args(Scheme))}",
-        )
+        raise DanluError(f"{scheme} is no scheme", where="initialize", fix=one_of(scheme, get_args(Scheme)))
     if scheme == "mup" and mup_config(model.config) != model.config:
         what = "the model's attention, embedding and head are not scaled as muP asks"
         raise DanluError(what, where="initialize", fix="make it of mup_config(config)")

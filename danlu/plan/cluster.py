@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from danlu.errors import DanluError, nearest
+from danlu.errors import DanluError, one_of
 from danlu.plan.calibrate import Calibration
 from danlu.plan.machine import Figures, read_machine
 
@@ -180,9 +180,7 @@ def accelerator(name: str) -> Accelerator:
     known = accelerators()
     found = known.get(name.lower())
     if found is None:
-        meant = nearest(name.lower(), list(known))
-        ask = f"did you mean {meant}? " if meant else ""
-        names = ", ".join(sorted({each.name for each in known.values()}))
-        fix = f"{ask}known: {names}; add others to danlu/plan/{FILE}"
-        raise DanluError(f"no accelerator is called {name}", where="--gpus", fix=fix)
+        fix = one_of(name.lower(), list(known), listed=sorted({each.name for each in known.values()}))
+        what = f"no accelerator is called {name}"
+        raise DanluError(what, where="--gpus", fix=f"{fix}; add others to danlu/plan/{FILE}")
     return found

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from danlu.errors import DanluError, nearest
+from danlu.errors import DanluError, one_of
 from danlu.model.config import EncoderDecoderConfig, ModelConfig, PairConfig, Relative
 from danlu.settings import Settings
 
@@ -90,9 +90,8 @@ class Plan(Settings):
         for part in filter(None, (word.strip() for word in text.split(","))):
             name, equals, value = part.partition("=")
             if name not in cls.model_fields or not equals:
-                meant = nearest(name, list(cls.model_fields))
-                fix = f"did you mean {meant}?" if meant else f"known: {', '.join(cls.model_fields)}"
-                raise DanluError(f"{part} is no part of a plan", where="--plan", fix=f"{fix}  (as in tensor=2,shard=2)")
+                fix = f"{one_of(name, list(cls.model_fields))}  (as in tensor=2,shard=2)"
+                raise DanluError(f"{part} is no part of a plan", where="--plan", fix=fix)
             values[name] = int(value) if value.isdecimal() else value
         return values
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from danlu.errors import DanluError, nearest
+from danlu.errors import DanluError, one_of
 from danlu.model.config import AnyConfig, EncoderDecoderConfig, Learned, ModelConfig, PairConfig, Relative
 from danlu.plan.jobs import KINDS
 from danlu.plan.layers import OWN
@@ -129,8 +129,7 @@ def shape(name: str) -> Shape:
     """One by name. Raises DanluError with the nearest name where there is none."""
     found = shapes().get(name.lower())
     if found is None:
-        meant = nearest(name.lower(), list(shapes()))
-        fix = f"did you mean {meant}?" if meant else f"known: {', '.join(shapes())}"
+        fix = one_of(name.lower(), list(shapes()))
         raise DanluError(f"no model shape is called {name}", where="--model", fix=fix)
     return found
 

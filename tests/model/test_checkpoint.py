@@ -226,7 +226,7 @@ def test_pickles_are_refused(hf: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"architectures": ["LlamaForCasualLM"]}, "the nearest is LlamaForCausalLM; known:"),
+        ({"architectures": ["LlamaForCasualLM"]}, r"did you mean LlamaForCausalLM\?  known:"),
         ({"architectures": ["FalconForCausalLM"]}, "FalconForCausalLM is not known"),
         ({"architectures": "absent", "model_type": "absent"}, "none named is not known"),
         ({"hidden_size": "wide"}, "hidden_size is 'wide'; it must be a whole number"),

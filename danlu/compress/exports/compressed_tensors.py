@@ -19,7 +19,7 @@ from danlu.artifact import Figures, figure, sync, write_json
 from danlu.compress.exports.linear import WORDS, Few, draw_rows, round_layers
 from danlu.compress.quantizing.formats.grouped import FLOAT8, Grouped
 from danlu.console import progress, say
-from danlu.errors import DanluError, nearest
+from danlu.errors import DanluError, one_of
 from danlu.model.checkpoint import StoredModel
 from danlu.model.compressed import METHOD, PACKED, SCALE, SHAPE, pack
 from danlu.model.config import ModelConfig
@@ -85,9 +85,8 @@ def scheme_of(name: str) -> Scheme:
     """By name, in any case. Raises DanluError with the known names where there is none."""
     found = SCHEMES.get(name.lower())
     if found is None:
-        close = nearest(name.lower(), list(SCHEMES))
-        fix = f"did you mean {close}? " * bool(close) + f"known: {', '.join(SCHEMES)}"
-        raise DanluError(f"{name} is no type of compressed-tensors that is written here", where="--type", fix=fix)
+        what = f"{name} is no type of compressed-tensors that is written here"
+        raise DanluError(what, where="--type", fix=one_of(name.lower(), list(SCHEMES)))
     return found
 
 

@@ -17,7 +17,7 @@ from danlu.compress.presets.settings import FileType
 from danlu.console import say
 from danlu.device.cores import usable_cores
 from danlu.device.engine import last_words, library
-from danlu.errors import DanluError, nearest
+from danlu.errors import DanluError, one_of
 from danlu.gguf_header import read_header
 from danlu.model.checkpoint import Checkpoint
 from danlu.model.gguf import write_gguf
@@ -108,11 +108,7 @@ def check_type(file_type: str) -> str:
     """The type in llama.cpp's lower-case spelling; DanluError where it is not known."""
     known = file_type.lower()
     if known not in TYPES:
-        close = nearest(known, TYPES)
-        raise DanluError(
-            f"{file_type} is no type that can be written",
-            fix=f"did you mean {close}? " * bool(close) + ", ".join(TYPES),
-        )
+        raise DanluError(f"{file_type} is no type that can be written", fix=one_of(known, TYPES))
     return known
 
 

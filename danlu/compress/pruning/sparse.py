@@ -21,7 +21,7 @@ from danlu.compress.product import Making, Product, Shelf, Source, read_part, st
 from danlu.compress.quantizing.quantizer import calibration_rows
 from danlu.compress.walk import Products
 from danlu.console import progress
-from danlu.errors import DanluError, nearest
+from danlu.errors import DanluError, one_of
 from danlu.model.checkpoint import Checkpoint
 from danlu.model.mixture import Bank
 from danlu.model.stored import without_memory
@@ -48,9 +48,7 @@ class Sparsity:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            close = nearest(self.method, METHODS)
-            hint = f"did you mean {close}?  " * bool(close)
-            raise DanluError(f"{self.method} is no way to choose zeros", fix=hint + "known: " + ", ".join(METHODS))
+            raise DanluError(f"{self.method} is no way to choose zeros", fix=one_of(self.method, METHODS))
         if not 0 < self.share < 1:
             raise DanluError(f"a share of {self.share:g} of the weights cannot be set to zero", fix="say 0.5, or 50%")
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from danlu.errors import DanluError, nearest
+from danlu.errors import DanluError, one_of
 from danlu.model.config import AnyConfig
 from danlu.model.families.bert import BERT, ROBERTA
 from danlu.model.families.clip import CLIP
@@ -33,9 +33,7 @@ def family_of(hf: Mapping[str, Any], where: Path | None = None) -> Family:
             return family
     asked = ", ".join(stated) or hf.get("model_type") or "none named"
     known = [family.architecture for family in FAMILIES]
-    close = nearest(asked, known)
-    hint = f"the nearest is {close}; " if close else ""
-    raise DanluError(f"the architecture {asked} is not known", where=where, fix=f"{hint}known: {', '.join(known)}")
+    raise DanluError(f"the architecture {asked} is not known", where=where, fix=one_of(asked, known))
 
 
 def family_for(config: AnyConfig) -> Family:

@@ -31,7 +31,7 @@ from danlu.data.memory import Ragged
 from danlu.data.row_files import RowSide, labelled_texts, questions, tagged_words
 from danlu.data.rows_settings import RowsSettings
 from danlu.data.stream import IGNORED
-from danlu.errors import DanluError, nearest
+from danlu.errors import DanluError, one_of
 from danlu.model.transformer import Model
 from danlu.plan.plan import Plan
 from danlu.tokenizer import Tokenizer
@@ -373,9 +373,8 @@ def _class_weights(asked: ObjectiveSettings, names: Iterable[str]) -> tuple[floa
     known = list(names)
     for name in asked.weights:
         if name not in known:
-            close = nearest(name, known)
-            fix = f"did you mean {close}?" if close else f"known are {', '.join(known)}"
-            raise DanluError(f"there is no label {name!r} to weigh", where="objective.weights", fix=fix)
+            what = f"there is no label {name!r} to weigh"
+            raise DanluError(what, where="objective.weights", fix=one_of(name, known))
     return tuple(asked.weights.get(name, 1.0) for name in known) if asked.weights else None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from danlu.compress.quantizing.formats import plain, superblocks
 from danlu.compress.quantizing.formats.plain import Plain
 from danlu.compress.quantizing.formats.superblocks import Super
-from danlu.errors import DanluError, nearest
+from danlu.errors import DanluError, one_of
 
 Format = Plain | Super
 FORMATS: dict[str, Format] = {
@@ -26,8 +26,7 @@ def format_of(name: str) -> Format:
     """By GGML's name, in any case. Raises DanluError with the nearest names where there is none."""
     found = FORMATS.get(name.lower())
     if found is None:
-        meant = nearest(name.lower(), list(FORMATS))
-        fix = f"did you mean {meant}? " * bool(meant) + f"known: {', '.join(FORMATS)}"
+        fix = one_of(name.lower(), list(FORMATS))
         raise DanluError(f"weights cannot be rounded to {name}", where="--type", fix=fix)
     return found
 
