@@ -41,7 +41,7 @@ def nearest(word: str, known: list[str] | tuple[str, ...]) -> str | None:
 
 
 def one_of(word: str, known: Sequence[str], listed: Sequence[str] | None = None) -> str:
-    """What to do about a word that is not known: the nearest that is, and all of them or, in their stead, those listed."""
+    """What to do about a word that is not known: the nearest that is, and all, or those listed."""
     close = nearest(word, list(known))
     return f"did you mean {close}?  " * bool(close) + f"known: {', '.join(known if listed is None else listed)}"
 
