@@ -8,7 +8,7 @@ is in the file. Continuous and discrete steps by turns are those of PV-tuning (a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from danlu.compress.beside import Beside
 from danlu.compress.compensate import Inputs
 from danlu.compress.quantizing.blockwise import round_blocks
+from danlu.compress.quantizing.formats.grid import Grid
 from danlu.compress.quantizing.formats.known import Format
 from danlu.compress.quantizing.lesson import Lesson
 from danlu.compress.quantizing.rounding import Rounded, round_again
@@ -94,6 +95,9 @@ def _changed(spool: Spool, name: str, change: tuple[Tensor, Tensor] | None) -> T
     return weight.clone() if change is None else torch.addmm(weight, *change)
 
 
-def _again(spool: Spool, name: str, weight: Tensor, rows: slice, form: Format, inputs: Inputs | None) -> Rounded:
-    values = spool.values(name).view(-1, weight.shape[-1])[rows]
-    return round_again(weight, form, inputs, values, [grid.rows(rows) for grid in spool.grids[name]])
+def _again(
+    spool: Spool, names: Sequence[str], weight: Tensor, rows: slice, form: Format, inputs: Inputs | None
+) -> Rounded:
+    values = torch.cat([spool.values(name).view(-1, weight.shape[-1]) for name in names])[rows]
+    grids = [Grid.joined(each).rows(rows) for each in zip(*(spool.grids[name] for name in names), strict=True)]
+    return round_again(weight, form, inputs, values, grids)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from danlu.compress.beside import Beside
 from danlu.compress.compensate import Inputs
 from danlu.compress.quantizing.formats.known import Format
+from danlu.compress.quantizing.held import holds
 from danlu.compress.quantizing.rounding import Rounded, round_in_place
 from danlu.compress.quantizing.spool import Spool
 from danlu.train.memory import give_back
 
-PIECE = 2**21  # numbers of a matrix rounded at once
+PIECE = 2**21  # numbers of matrices rounded at once
 
-# From a matrix's name, some of its rows, fp32 [rows, columns], which these are, its format and inputs.
-Way = Callable[[str, Tensor, slice, Format, Inputs | None], Rounded]
+# From names of matrices that lie below each other, some of their rows, fp32 [rows, columns], which these are, their
+# format and inputs.
+Way = Callable[[Sequence[str], Tensor, slice, Format, Inputs | None], Rounded]
 
 
 def round_blocks(
@@ -29,28 +32,50 @@ def round_blocks(
         tick: told of every block.
     """
     for turn in walk.blocks():
-        weights = dict(turn.block.named_parameters())
+        weights = {turn.prefix + name: weight for name, weight in turn.block.named_parameters()}
         for names, inputs in turn.layers:
-            for name in (f"{name}.weight" for name in names):
-                put(turn.prefix + name, weights.pop(name), forms, inputs, spool, way)
+            given = {name: weights.pop(name) for name in (f"{turn.prefix}{name}.weight" for name in names)}
+            for alike in _alike(given, forms):
+                put(alike, forms, inputs, spool, way)
         inputs = None  # of as many numbers as a block, and the next one's are to take their place
         for name, weight in weights.items():
-            put(turn.prefix + name, weight, forms, None, spool, way)
+            put({name: weight}, forms, None, spool, way)
         give_back()
         tick(1, turn.prefix.rstrip("."))
 
 
+def _alike(weights: Mapping[str, Tensor], forms: Mapping[str, Format | None]) -> Iterator[dict[str, Tensor]]:
+    """Matrices of one format that all is the same for, as many as may be rounded at once: a column of all of them takes
+    hardly longer than one of the first."""
+    found: dict[tuple[str, bool], dict[str, Tensor]] = {}
+    for name, weight in weights.items():
+        form = forms.get(name)
+        key = ("", False) if form is None else (form.kind.name, holds(form, weight.data))
+        together = found.setdefault(key, {})
+        if together and sum(each.numel() for each in together.values()) + weight.numel() > PIECE:
+            yield together
+            found[key] = {name: weight}
+        else:
+            together[name] = weight
+    yield from found.values()
+
+
 def put(
-    name: str, weight: Tensor, forms: Mapping[str, Format | None], inputs: Inputs | None, spool: Spool, way: Way
+    weights: Mapping[str, Tensor], forms: Mapping[str, Format | None], inputs: Inputs | None, spool: Spool, way: Way
 ) -> None:
-    """Put a weight aside as its format has it, and make it that."""
-    form = forms.get(name)
+    """Put weights of one format aside as it has them, and make them that."""
+    form = forms.get(next(iter(weights), ""))
     if form is None:
-        spool.keep_exact(name, weight.data)
+        for name, weight in weights.items():
+            spool.keep_exact(name, weight.data)
         return
-    flat = weight.data.contiguous().view(-1, weight.shape[-1])
-    rounded = round_in_place(
-        flat, max(PIECE // flat.shape[1], 1), lambda piece, rows: way(name, piece, rows, form, inputs)
-    )
-    spool.keep(name, rounded, form, tuple(weight.shape))
-    weight.data = flat.view_as(weight)
+    parts = [weight.data.contiguous().view(-1, weight.shape[-1]) for weight in weights.values()]
+    flat = parts[0] if len(parts) == 1 else torch.cat(parts)
+    names, piece = list(weights), max(PIECE // flat.shape[1], 1)
+    rounded = round_in_place(flat, piece, lambda some, rows: way(names, some, rows, form, inputs))
+    start = 0
+    for (name, weight), part in zip(weights.items(), parts, strict=True):
+        rows = slice(start, start + len(part))
+        spool.keep(name, rounded.rows(rows), form, tuple(weight.shape))
+        weight.data = flat[rows].view_as(weight)
+        start = rows.stop

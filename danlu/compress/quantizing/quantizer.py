@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -172,13 +172,13 @@ def _round_all(
     ends, given = walk.end()
     head = head_of(forms)
     for name in [name for name in makers if name.startswith("embedding.")]:
-        put(name, makers[name](), forms, given if name == head else None, spool, _first)
+        put({name: makers[name]()}, forms, given if name == head else None, spool, _first)
     for name, matrix in ends.items():
-        put(name, matrix, forms, given if name == head else None, spool, _first)
+        put({name: matrix}, forms, given if name == head else None, spool, _first)
     tick(1, "head")
 
 
-def _first(_name: str, weight: Tensor, _rows: slice, form: Format, inputs: Inputs | None) -> Rounded:
+def _first(_names: Sequence[str], weight: Tensor, _rows: slice, form: Format, inputs: Inputs | None) -> Rounded:
     if inputs is None or holds(form, weight):
         return round_plainly(weight, form)
     return round_compensated(weight, form, inputs)

@@ -33,6 +33,10 @@ class Rounded:
     values: Tensor
     grids: tuple[Grid, ...]
 
+    def rows(self, chosen: slice) -> Rounded:
+        """Some of its rows."""
+        return Rounded(self.packed[chosen], self.values[chosen], tuple(grid.rows(chosen) for grid in self.grids))
+
 
 def round_in_place(weight: Tensor, rows: int, way: Callable[[Tensor, slice], Rounded]) -> Rounded:
     """Round so many rows at a time, which do not know of each other, and put what they become into the weight itself.
