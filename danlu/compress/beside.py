@@ -17,7 +17,7 @@ from danlu.compress.walk import Walk
 from danlu.model.config import ModelConfig
 from danlu.model.stored import Make
 
-HELD = 2**28  # bytes, at most, of what a block's layers are given in the original
+HELD = 2**29  # bytes, at most, of what a block's layers are given in the original
 
 
 @dataclass(frozen=True)
