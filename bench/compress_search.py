@@ -10,9 +10,14 @@ smallest   the smallest that loses at most 1 % on held-out text: at most 85 MB
 speed      the best that decodes as fast as llama.cpp's Q4_0: divergence at most 0.030
 
 Texts, importance matrix and held-out pieces are those of bench/compress.py. Every file is scored on the same pieces,
-and all decode by turns in fresh processes. The package's weights were Q4_1 once, so that Q4_1 and Q5_1 hold them
-without loss: both are left out unless --types names them. --effort says how much the search spends in all cases
-but `fast`: fast, usual or best. What is done is kept in DIR, and a second call goes on from there.
+and all decode by turns in fresh processes. Where this machine's speed swings within minutes, a speed measured now and a
+clock read later do not go together: the speeds that `size` and `speed` ask for are those that the clock tells of
+llama.cpp's files, and the search is given the same clock; whether they are kept is decided by turns in the end. Models
+with fewer layers or channels, which never came near without distillation, are looked at by `fast` alone.
+
+The package's weights were Q4_1 once, so that Q4_1 and Q5_1 hold them without loss: both are left out unless --types
+names them. --effort says how much the search spends in all cases but `fast`: fast, usual or best. What is done is kept
+in DIR, and a second call goes on from there.
 """
 
 from __future__ import annotations
@@ -29,7 +34,14 @@ from typing import Any
 from common import arguments, emit
 from compress import Kept, importance, pieces, python_documents, scored, speeds, split, stock
 
+from danlu.compress.quantizing.mixes import matrices_of
+from danlu.compress.searching.costs import DEPTH
+from danlu.compress.searching.sensitivity import formats
+from danlu.compress.searching.settings import SearchSettings
 from danlu.console import say, table
+from danlu.device.clock import probe_device
+from danlu.device.profile import DeviceProfile
+from danlu.device.workload import Workload
 from danlu.model.checkpoint import Checkpoint
 from danlu.model.gguf import write_gguf
 
@@ -65,6 +77,20 @@ class Bench:
         """Token/s of files, by turns."""
         return speeds({name: self.kept.path(name) for name in names}, self.prompt, self.asked.rounds)
 
+    def clock(self) -> Path:
+        """The device's profile for the formats that are tried, read once."""
+        kept, config = self.kept.folder / "device.json", Checkpoint.open(BASE).config
+        if not kept.is_file():
+            columns = sorted({shape[-1] for shape in matrices_of(config).values()})
+            types = sorted({form for width in columns for form in formats(self.asked.types.split(","), width)})
+            probe_device(types, columns, SearchSettings().caches, rounds=3, batches=()).save(kept)
+        return kept
+
+    def told(self, preset: str) -> str:
+        """The limits that ask for the speed of one of llama.cpp's files, as told."""
+        workload = Workload.of_file(self.kept.path(preset))
+        return f"{1 / DeviceProfile.load(self.clock()).seconds_for(workload, depth=DEPTH):.1f}tok/s"
+
     def find(self, name: str, limits: list[str]) -> dict[str, Any]:
         """What the search makes under limits, kept under a name, with what it told and measured of it."""
         effort = "fast" if name == "fast" else self.asked.effort
@@ -76,8 +102,6 @@ class Bench:
             *("compress", BASE, "--calibration", str(self.calibration), "--heldout", str(self.heldout)),
             *("--types", self.asked.types, "--minutes", self.asked.minutes, "--out", str(out), *spent, *limits),
         ]
-        for clock in out.glob("work/*/device.json"):  # of another hour than the speed that is asked
-            clock.unlink()
         started = time.monotonic()
         ended = subprocess.run([sys.executable, "-m", "danlu", *words], check=False)
         seconds = time.monotonic() - started
@@ -125,12 +149,13 @@ def limits(case: str, bench: Bench) -> list[str]:
     """What a case asks for."""
     if case == "fast":
         return ["--memory", "120MB", "--speed", f"{0.8 * bench.speeds(['q4_0'])['q4_0']:.1f}tok/s", "--loss", "3%"]
+    whole = ["--pruning", "none", "--device", str(bench.clock())]
     if case == "size":
-        speed = f"{bench.speeds(['q4_k_m'])['q4_k_m']:.1f}tok/s"
-        return ["--size", f"{bench.stock()['q4_k_m']['bytes'] / 1e6:.6f}MB", "--speed", speed, "--prefer", "best"]
+        size = f"{bench.stock()['q4_k_m']['bytes'] / 1e6:.6f}MB"
+        return ["--size", size, "--speed", bench.told("q4_k_m"), "--prefer", "best", *whole]
     if case == "smallest":
-        return ["--loss", f"{LOSS:.0%}", "--prefer", "smallest"]
-    return ["--speed", f"{bench.speeds(['q4_0'])['q4_0']:.1f}tok/s", "--prefer", "best"]
+        return ["--loss", f"{LOSS:.0%}", "--prefer", "smallest", *whole]
+    return ["--speed", bench.told("q4_0"), "--prefer", "best", *whole]
 
 
 def bars(found: dict[str, dict[str, Any]]) -> list[tuple[str, float, float, bool]]:
