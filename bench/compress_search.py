@@ -78,12 +78,13 @@ class Bench:
         return speeds({name: self.kept.path(name) for name in names}, self.prompt, self.asked.rounds)
 
     def clock(self) -> Path:
-        """The device's profile for the formats that are tried, read once."""
+        """The device's profile for the formats that are tried and those of llama.cpp's files, read once."""
         kept, config = self.kept.folder / "device.json", Checkpoint.open(BASE).config
         if not kept.is_file():
             columns = sorted({shape[-1] for shape in matrices_of(config).values()})
-            types = sorted({form for width in columns for form in formats(self.asked.types.split(","), width)})
-            probe_device(types, columns, SearchSettings().caches, rounds=3, batches=()).save(kept)
+            types = {form for width in columns for form in formats(self.asked.types.split(","), width)}
+            types |= {matrix.type for preset in STOCK for matrix in Workload.of_file(self.kept.path(preset)).matrices}
+            probe_device(sorted(types), columns, SearchSettings().caches, rounds=3, batches=()).save(kept)
         return kept
 
     def told(self, preset: str) -> str:
