@@ -23,6 +23,7 @@ in DIR, and a second call goes on from there.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -171,15 +172,22 @@ def bars(found: dict[str, dict[str, Any]]) -> list[tuple[str, float, float, bool
 
     if "fast" in found:
         most("seconds of --fast", found["fast"]["seconds"], SECONDS)
+    made = [each for name, each in found.items() if not name.startswith("llama.cpp")]
+
+    def nearest(preset: str, size: float) -> float:
+        """The least divergence of what was found, no larger than this and at least as fast as llama.cpp's file."""
+        speed = found[f"llama.cpp {preset}"]["decode"]
+        able = [each for each in made if each["bytes"] <= size and each["decode"] >= speed]
+        return min((each["divergence"]["value"] for each in able), default=math.inf)
+
     if "size" in found:
         most("divergence in Q4_K_M's size", found["size"]["divergence"]["value"], AT_SIZE)
         least("its token/s, at least Q4_K_M's", found["size"]["decode"], found["llama.cpp q4_k_m"]["decode"])
+        most("divergence in its size at its speed", nearest("q4_k_m", found["llama.cpp q4_k_m"]["bytes"]), AT_SIZE)
     if "smallest" in found:
         most("share that the smallest file loses", found["smallest"]["loss_change"]["value"], LOSS)
         most("its MB", found["smallest"]["bytes"] / 1e6, SMALLEST / 1e6)
-    if "speed" in found:
-        least("token/s, at least Q4_0's", found["speed"]["decode"], found["llama.cpp q4_0"]["decode"])
-        most("divergence there", found["speed"]["divergence"]["value"], AT_SPEED)
+    most("divergence at Q4_0's speed, of all files", nearest("q4_0", math.inf), AT_SPEED)
     return rows
 
 
