@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from danlu.artifact import WORK
 from danlu.errors import DanluError, need_extra
 from danlu.recipe import Recipe, RecipeFile
 
@@ -33,14 +34,15 @@ def check_room(root: Path, config: ModelConfig, recipe: Recipe, stages: Sequence
     """Raise DanluError where the disk has less room than the weights that will be written.
 
     Tuning writes the merged model; in full and partial tuning each checkpoint holds the weights and both of AdamW's
-    moments, and a new one is whole before an old one goes. Compressing writes the model in fp32, and beside it
-    candidates that together are hardly larger.
+    moments, and a new one is whole before an old one goes; those of a run that is gone on with are there already.
+    Compressing writes the model in fp32, and beside it candidates that together are hardly larger.
     """
     checkpoints = 3 * (recipe.tune.keep_checkpoints + 1) if recipe.tune.method in ("full", "partial") else 0
     tuned = 1 if "tune" in stages else 0
     copies = max(tuned * max(checkpoints, 1), tuned + 2 if "compress" in stages else 0)
     need, free = copies * _weights(config) * FP32, shutil.disk_usage(root).free
-    if free < need:
+    there = sum(file.stat().st_size for file in root.glob(f".tune-*.building/{WORK}/**/*") if file.is_file())
+    if free + there < need:
         raise DanluError(
             f"the disk has {free / 1e9:.2f} GB free, and this run needs about {need / 1e9:.2f} GB",
             where=root,

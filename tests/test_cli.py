@@ -174,6 +174,21 @@ def test_a_disk_with_too_little_room(project: Project) -> None:
         refused(project, "runs/tiny: the disk has 0.01 GB free, and this run needs about")
 
 
+def test_checkpoints_that_a_run_goes_on_from_need_no_further_room(project: Project) -> None:
+    words = ("run", project.recipe, "--until", "tune", "--set", "tune.method=full", "--set", "tune.steps=2", "--out")
+    with small_disk(project.run, 150) as mounted:
+        if not mounted:
+            pytest.skip("this system lets us mount no small disk")
+        filler = project.run / "other-users-data"
+        filler.write_bytes(bytes(60 * 2**20))
+        refused(project, "0.09 GB free, and this run needs about 0.12 GB", words=(*words, project.run))
+        draft = project.run / ".tune-0.building" / "work"
+        draft.mkdir(parents=True)
+        filler.rename(draft / "checkpoint")
+        made = project.danlu(*words, project.run)
+        assert made.returncode == 0, made.stderr
+
+
 def test_a_file_in_the_place_of_the_run(project: Project) -> None:
     (project.home / "runs").write_text("")
     refused(project, "a directory is needed")
