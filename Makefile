@@ -66,7 +66,7 @@ bench-compress: $(VENV)/.installed-dev ## compression beside llama.cpp's own qua
 	$(BIN)/python bench/compress_distill.py
 	$(BIN)/python bench/compress_exports.py
 
-soak: $(VENV)/.installed-dev ## run the long checks: what is killed at random moments, every plan taken up by every other, properties of numbers drawn anew
+soak: $(VENV)/.installed-dev ## run the long checks: random kills, every plan taken up by every other, properties drawn anew
 	@echo "== the long checks: pytest -m soak"
 	$(BIN)/python -m pytest -m soak
 	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile default

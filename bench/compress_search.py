@@ -98,13 +98,15 @@ class Bench:
         """What the search makes under limits, kept under a name, with what it told and measured of it."""
         effort = "fast" if name == "fast" else self.asked.effort
         known = self.kept.figures(name)
-        if known is not None and known.get("effort") == effort:
+        if known is not None and known["effort"] == effort and (name == "fast" or known["limits"] == limits):
             return known
         out, spent = self.kept.folder / "search", {"fast": ["--fast"], "best": ["--best"]}.get(effort, [])
         words = [
             *("compress", BASE, "--calibration", str(self.calibration), "--heldout", str(self.heldout)),
             *("--types", self.asked.types, "--minutes", self.asked.minutes, "--out", str(out), *spent, *limits),
         ]
+        if name != "fast":
+            words += ["--device", str(self.clock())]
         started = time.monotonic()
         ended = subprocess.run([sys.executable, "-m", "danlu", *words], check=False)
         seconds = time.monotonic() - started
@@ -152,7 +154,7 @@ def limits(case: str, bench: Bench) -> list[str]:
     """What a case asks for."""
     if case == "fast":
         return ["--memory", "120MB", "--speed", f"{0.8 * bench.speeds(['q4_0'])['q4_0']:.1f}tok/s", "--loss", "3%"]
-    whole = ["--pruning", "none", "--device", str(bench.clock())]
+    whole = ["--pruning", "none"]
     if case == "size":
         size = f"{bench.stock()['q4_k_m']['bytes'] / 1e6:.6f}MB"
         return ["--size", size, "--speed", bench.told("q4_k_m"), "--prefer", "best", *whole]
