@@ -7,9 +7,12 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from danlu.artifact import write_json
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
@@ -80,6 +83,22 @@ def emit(name: str, figures: dict[str, Any], save: bool) -> None:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(record), flush=True)
+
+
+def kept(folder: Path, name: str, make: Callable[[], Any]) -> Any:
+    """What `make` gives, JSON-ready, or what it gave when FOLDER was worked in before."""
+    file = folder / f"{name}.json"
+    if not file.is_file():
+        print(f"bench: {name}", flush=True)
+        write_json(file, make())
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def with_saved(name: str, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What is saved of a benchmark's parts, those measured now in the place of theirs; each names its commit."""
+    file, now = RESULTS / f"{name}.json", commit()
+    saved = json.loads(file.read_text(encoding="utf-8"))["figures"] if file.is_file() else {}
+    return saved | {part: {"commit": now} | figures for part, figures in parts.items()}
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:

@@ -1,9 +1,10 @@
 """Teachers, early exits, shapes and guesses: what each of them gains on a model trained here, and in the engine.
 
-    python bench/compress_distill.py [--text tinyshakespeare.txt] [--steps 1200] [--parts all] [--save]
+    python bench/compress_distill.py [--text ../shared/data/tinyshakespeare.txt.gz] [--steps 1200] [--parts all]
+        [--work DIR] [--save]
 
-A character model of 8 layers of 128 is trained on the text (1,115,394 characters of Shakespeare, whose last tenth is
-held out). Then, each by itself:
+A character model of 8 layers of 128 is trained on the text, plain or as .gz (1,115,394 characters of Shakespeare, whose
+last tenth is held out). Then, each by itself:
 
 distill   the model without every other layer, tuned for the same steps on the text alone, with the teacher's words,
           with its hidden states besides, and on rows whose second half the student writes itself
@@ -14,11 +15,14 @@ elastic   one file of 16 settings, of a model of 512 merged words that is traine
 engine    SmolLM2-135M-Instruct as Q4_0 in llama.cpp: what steps of several tokens cost, and token/s with guesses from
           the text so far, on a text that comes again and on one that does not
 
-The last line is one JSON object.
+What is done is kept in DIR, and a second call goes on from there. --save leaves the saved figures of other parts. The
+last line is one JSON object.
 """
 
 from __future__ import annotations
 
+import gzip
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,9 +32,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import arguments, emit
+from common import arguments, emit, kept, with_saved
 from small_models import Small, train_small
 
+DATA = Path(os.environ.get("DANLU_DATA", Path(__file__).parents[2] / "shared" / "data"))
 PARTS = ("distill", "exits", "shape", "elastic", "engine")
 TOKENS, ROUNDS = 128, 3  # of an answer in the engine, and how often it is timed
 COPY = """def total(items):
@@ -49,6 +54,15 @@ PROMPTS = {
 
 
 CHARACTERS = {"kind": "characters", "special": []}
+
+
+def unpacked(text: Path, out: Path) -> Path:
+    """The text as it can be trained on: itself, or unpacked."""
+    if text.suffix != ".gz":
+        return text
+    file = out / text.stem
+    file.write_bytes(gzip.decompress(text.read_bytes()))
+    return file
 
 
 def train_base(text: Path, steps: int, out: Path, vocabulary: Any = CHARACTERS, channels: int = 344) -> Path:
@@ -192,26 +206,31 @@ def timed(engine: Any, write: Callable[[], Iterator[int]]) -> tuple[list[int], f
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--text", type=Path, default=Path("tinyshakespeare.txt"))
+    parser.add_argument("--text", type=Path, default=DATA / "tinyshakespeare.txt.gz")
     parser.add_argument("--steps", type=int, default=1200, help="of the model; every part takes a quarter of them")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--work", type=Path, help="what is done is kept here, and gone on from")
     asked = parser.parse_args()
-    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
-        if {"distill", "exits", "shape"} & set(asked.parts):
-            base = train_base(asked.text, asked.steps, out / "base")
-            parts = {"distill": distill_part, "exits": exits_part, "shape": shape_part}
-            for name in (each for each in asked.parts if each in parts):
-                found[name] = parts[name](base, asked.text, asked.steps // 4, out)
-        if "elastic" in asked.parts:
-            found["elastic"] = elastic_part(asked.text, asked.steps // 4, out)
-        if "engine" in asked.parts:
-            found["engine"] = engine_part(out)
+        out = asked.work or Path(folder)
+        out.mkdir(parents=True, exist_ok=True)
+        text, steps = unpacked(asked.text, out), asked.steps // 4
+
+        def of_base(part: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+            return part(train_base(text, asked.steps, out / "base"), text, steps, out)
+
+        ways = {
+            "distill": partial(of_base, distill_part),
+            "exits": partial(of_base, exits_part),
+            "shape": partial(of_base, shape_part),
+            "elastic": partial(elastic_part, text, steps, out),
+            "engine": partial(engine_part, out),
+        }
+        found = {name: kept(out, name, ways[name]) for name in asked.parts}
     for name, figures in found.items():
         for row, value in figures.items():
             print(f"{name:8} {row:24} {value}")
-    emit("compress_distill", found, asked.save)
+    emit("compress_distill", with_saved("compress_distill", found) if asked.save else found, asked.save)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ sparse        half of the weights by magnitude, Wanda and SparseGPT, anywhere an
 vocabulary    the words that the calibration text holds, more, and fewer; files in Q4_0 by llama.cpp's quantizer; and
               tuned on the calibration text for --recover steps, held near to what it was
 lowrank       the same share of numbers by a plain SVD and by what the inputs show
-structured    a model trained here for --steps, three of its ten layers gone, distilled for --steps; llama.cpp decodes
-              it and the whole one by turns, for which the machine must be idle
+structured    a model trained here for --steps, three of its ten layers gone, distilled for --steps; both hold out the
+              text's end, which layers are not chosen by either; llama.cpp decodes it and the whole one by turns, for
+              which the machine must be idle
 convolutions  the recipe's residual network, trained on Fashion-MNIST for 400 steps, and tuned for 40
 
-What is done is kept in DIR, and a second call goes on from there.
+What is done is kept in DIR, and a second call goes on from there. --save leaves the saved figures of other parts.
 """
 
 from __future__ import annotations
@@ -29,10 +30,9 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import arguments, emit
+from common import arguments, emit, kept, with_saved
 from compress import python_documents, split
 
-from danlu.artifact import write_json
 from danlu.compress.learning.distill import Teaching, distill
 from danlu.compress.learning.tuning import Tuning, tune
 from danlu.compress.low_rank import matrices
@@ -51,6 +51,7 @@ from danlu.train.recipe import TrainRecipe
 
 KINDS = ("magnitude", "wanda", "sparsegpt")
 LAYERS, KEPT = 10, 7
+END = 0.05  # of the text, held out
 TEACHER = {
     "architecture": "LlamaForCausalLM",
     "shape": {
@@ -94,11 +95,7 @@ class Bench:
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make` gives, or what it gave when this was done before."""
-        file = self.work / f"{name}.json"
-        if not file.is_file():
-            say(f"bench: {name}")
-            write_json(file, make())
-        return json.loads(file.read_text(encoding="utf-8"))
+        return kept(self.work, name, make)
 
     def loss(self, out: Path) -> dict[str, Any]:
         """Held-out losses of the model before and as it is in a directory."""
@@ -208,13 +205,14 @@ def structured(bench: Bench) -> dict[str, Any]:
     work = bench.work / "structured"
     work.mkdir(exist_ok=True)
     text = str(bench.text())
+    seen = bench.calibration[: round(len(bench.calibration) * (1 - END))]
     recipe = {
         "name": "teacher",
         "model": TEACHER,
         "data": {
             "sources": [text],
             "vocabulary": {"kind": "bpe", "size": 1024},
-            "heldout": 0.05,
+            "heldout": END,
             "heldout_from": "end",
         },
         "batch": {"rows": 8, "window": 256},
@@ -227,8 +225,8 @@ def structured(bench: Bench) -> dict[str, Any]:
 
     def learned() -> dict[str, Any]:
         teacher = tune(TrainRecipe.model_validate(recipe), work / "teacher")
-        figures = shrink(teacher, Shape(layers=KEPT), bench.calibration, work / "pruned", bench.tokens).figures
-        tuning = Tuning((text,), bench.steps, 8, 256, 1e-3, heldout_from="end")
+        figures = shrink(teacher, Shape(layers=KEPT), seen, work / "pruned", bench.tokens).figures
+        tuning = Tuning((text,), bench.steps, 8, 256, 1e-3, heldout=END, heldout_from="end")
         made = distill(Checkpoint.open(work / "pruned"), teacher, tuning, Teaching(), work / "student")
         losses = {"teacher": made.teacher.mean, "pruned": made.before.mean, "distilled": made.after.mean}
         sizes = {name: figures[name]["value"] for name in ("parameters_before", "parameters")}
@@ -346,8 +344,9 @@ def main() -> None:
         work = asked.work or Path(folder)
         work.mkdir(parents=True, exist_ok=True)
         bench = Bench(work, asked.model, asked.tokens, asked.heldout, asked.steps, asked.recover)
-        figures = {name: SECTIONS[name](bench) for name in asked.only.split(",")}
-    emit("compress_prune", figures | {"tokens": asked.tokens, "heldout": asked.heldout}, asked.save)
+        given = {"tokens": asked.tokens, "heldout": asked.heldout}
+        figures = {name: given | SECTIONS[name](bench) for name in asked.only.split(",")}
+    emit("compress_prune", with_saved("compress_prune", figures) if asked.save else figures, asked.save)
 
 
 if __name__ == "__main__":

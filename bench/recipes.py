@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, arguments, commit, emit
+from common import arguments, commit, emit, with_saved
 
 from danlu.artifact import write_json
 
@@ -142,12 +142,6 @@ def numbers(told: dict[str, Any], before: str = "") -> dict[str, float]:
     return found
 
 
-def saved() -> dict[str, Any]:
-    """What was found of recipes before."""
-    kept = RESULTS / "recipes.json"
-    return dict(json.loads(kept.read_text(encoding="utf-8"))["figures"]) if kept.is_file() else {}
-
-
 def ordered(names: Sequence[str]) -> list[str]:
     """The named recipes and those they go on from, in the order of the table."""
     wanted = set(names)
@@ -190,7 +184,7 @@ def main() -> None:
             print(f"{name:16} {one['steps']:7,} {one['seconds'] / 60:8.1f}  {bar.shown(figures, bound)}")
         shown = ", ".join(f"{label} {value:.4g}" for label, value in figures.items())
         print(f"{name:16} {one['steps']:7,} {one['seconds'] / 60:8.1f}  {shown}")
-    emit("recipes", saved() | found if given.save else found, given.save)
+    emit("recipes", with_saved("recipes", found) if given.save else found, given.save)
 
 
 if __name__ == "__main__":

@@ -65,8 +65,7 @@ def to_few_bits(model: Decoder | Encoder, kind: TorchType) -> None:
 
     Raises DanluError where torchao is missing.
     """
-    if find_spec("torchao") is None:
-        raise need_extra("torchao", "float8")
+    _need_torchao()
     from torchao.quantization import quantize_
 
     quantize_(model, TYPES[kind]())
@@ -76,7 +75,10 @@ def measure(checkpoint: Checkpoint, kind: TorchType, text: str) -> Figures:
     """What few bits lose on a text, and the bytes of all weights.
 
     The text's whole rows of 256 tokens are compared, each by itself.
+
+    Raises DanluError where torchao is missing.
     """
+    _need_torchao()
     from torchao.utils import get_model_size_in_bytes
 
     model = checkpoint.load()
@@ -91,3 +93,8 @@ def measure(checkpoint: Checkpoint, kind: TorchType, text: str) -> Figures:
         "memory": figure(get_model_size_in_bytes(model), "byte", by="of all weights"),
         "divergence": interval(sums, counts).figure("nat/token", f"to fp32, of {rows.numel():,} tokens"),
     }
+
+
+def _need_torchao() -> None:
+    if find_spec("torchao") is None:
+        raise need_extra("torchao", "float8")
