@@ -6,6 +6,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from danlu.artifact import check_parent
 from danlu.compress.beside import Beside
 from danlu.compress.compensate import Inputs
 from danlu.compress.quantizing.adapting import adapt
-from danlu.compress.quantizing.blockwise import put, round_blocks
+from danlu.compress.quantizing.blockwise import Way, put, round_blocks
 from danlu.compress.quantizing.formats.known import Format
 from danlu.compress.quantizing.held import holds
 from danlu.compress.quantizing.lesson import STEP_ROWS
 from danlu.compress.quantizing.mixes import PLAIN, formats_for, head_of
 from danlu.compress.quantizing.qat import tune
-from danlu.compress.quantizing.rounding import Rounded, round_compensated, round_plainly
+from danlu.compress.quantizing.rounding import PASSES, Rounded, round_compensated, round_plainly
 from danlu.compress.quantizing.spool import Spool
 from danlu.console import progress, say
 from danlu.errors import DanluError
@@ -78,6 +79,7 @@ def quantize_model(
     tokens: int = 16_384,
     steps: int = 0,
     rank: int = 0,
+    passes: int = PASSES,
 ) -> Made:
     """Round a decoder's matrices, making up for errors on a text, and write a GGUF file.
 
@@ -93,6 +95,7 @@ def quantize_model(
         tokens: of the text, at most; whole rows of 512 drawn evenly over it.
         steps: of tuning afterwards, each on 2,048 tokens of the whole text (danlu/compress/quantizing/qat.py).
         rank: of adapters that learn in the first half of these steps and are then rounded in (adapting.py); 0 for none.
+        passes: of refining after a matrix is rounded (refining.py).
 
     Raises DanluError where a type or matrix is not known, the text is too short, llama.cpp would compute otherwise, or
     adapters have no step to learn in.
@@ -106,7 +109,8 @@ def quantize_model(
     with tempfile.TemporaryDirectory(prefix=".danlu-quantize-", dir=out.parent) as folder:
         spool = Spool(Path(folder), grids_too=steps > 0)
         with progress("quantize", config.layers + 1, "blocks") as tick, torch.no_grad():
-            _round_all(checkpoint, {name: form for name, (_, form) in plan.items()}, rows, spool, tick.advance)
+            forms = {name: form for name, (_, form) in plan.items()}
+            _round_all(checkpoint, forms, rows, spool, partial(_first, passes), tick.advance)
         if steps:
             _tune(
                 checkpoint, spool, calibration_rows(checkpoint, calibration, steps * STEP_ROWS * ROW), rows, steps, rank
@@ -163,22 +167,25 @@ def _round_all(
     forms: Mapping[str, Format | None],
     rows: Tensor,
     spool: Spool,
+    way: Way,
     tick: Callable[[int, str], None],
 ) -> None:
     makers = checkpoint.model.makers(torch.float32)
     walk = Beside(checkpoint.config, makers, rows, choose_precision("auto")[0])
     walk.embed()
-    round_blocks(walk, forms, spool, _first, tick)
+    round_blocks(walk, forms, spool, way, tick)
     ends, given = walk.end()
     head = head_of(forms)
     for name in [name for name in makers if name.startswith("embedding.")]:
-        put({name: makers[name]()}, forms, given if name == head else None, spool, _first)
+        put({name: makers[name]()}, forms, given if name == head else None, spool, way)
     for name, matrix in ends.items():
-        put({name: matrix}, forms, given if name == head else None, spool, _first)
+        put({name: matrix}, forms, given if name == head else None, spool, way)
     tick(1, "head")
 
 
-def _first(_names: Sequence[str], weight: Tensor, _rows: slice, form: Format, inputs: Inputs | None) -> Rounded:
+def _first(
+    passes: int, _names: Sequence[str], weight: Tensor, _rows: slice, form: Format, inputs: Inputs | None
+) -> Rounded:
     if inputs is None or holds(form, weight):
         return round_plainly(weight, form)
-    return round_compensated(weight, form, inputs)
+    return round_compensated(weight, form, inputs, passes)

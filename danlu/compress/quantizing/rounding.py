@@ -72,10 +72,10 @@ def round_plainly(weight: Tensor, form: Form, importance: Tensor | None = None) 
     return Rounded(torch.cat(packed, dim=1), torch.cat(values, dim=1), tuple(grids))
 
 
-def round_compensated(weight: Tensor, form: Form, inputs: Inputs) -> Rounded:
+def round_compensated(weight: Tensor, form: Form, inputs: Inputs, passes: int = PASSES) -> Rounded:
     """Rounded column by column, the error of each made up for by those after it, and refined.
 
-    Args: weight: fp32 [rows, columns]; columns fill the format's blocks.
+    Args: weight: fp32 [rows, columns]; columns fill the format's blocks. passes: of refining, where steps are coarse.
     """
     aim, grids, columns = inputs.aim(weight), list[Grid](), list[Columns]()
 
@@ -86,8 +86,8 @@ def round_compensated(weight: Tensor, form: Form, inputs: Inputs) -> Rounded:
 
     compensate(aim, inputs, form.block, begin)
     blocks = [Block(grid, rounded.codes()) for grid, rounded in zip(grids, columns, strict=True)]
-    passes = PASSES if len(grids[0].levels) < FINE else 0
-    return _rounded(refine(blocks, aim, form, inputs.products, passes), form)
+    worth = passes if len(grids[0].levels) < FINE else 0
+    return _rounded(refine(blocks, aim, form, inputs.products, worth), form)
 
 
 def round_again(weight: Tensor, form: Form, inputs: Inputs | None, values: Tensor, grids: Sequence[Grid]) -> Rounded:

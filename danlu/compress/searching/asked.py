@@ -24,6 +24,8 @@ from danlu.gguf_header import read_header
 from danlu.model.checkpoint import Checkpoint
 
 KEPT_APART = 0.15  # of the calibration text, its end: candidates are compared on it, and nothing is fitted to it
+# What is kept for going on depends on these settings; on the others it does not.
+KEPT_SETTINGS = {"context", "threads", "gradient_tokens", "calibration_tokens", "refining_passes", "chosen_tokens"}
 KEPT_FORM = 3  # of what is kept for going on: what another version kept is left aside, not misread
 
 
@@ -54,9 +56,7 @@ class Asked:
             "model": self.checkpoint.digest,
             "calibration": hashlib.sha256(self.calibration.encode()).hexdigest(),
             "profile": self.profile and self.profile.plain(),
-            "settings": self.settings.model_dump(
-                mode="json", include={"context", "threads", "gradient_tokens", "calibration_tokens", "chosen_tokens"}
-            ),
+            "settings": self.settings.model_dump(mode="json", include=KEPT_SETTINGS),
             "types": self.types,
             "form": KEPT_FORM,
         }

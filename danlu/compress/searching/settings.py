@@ -32,6 +32,7 @@ class SearchSettings(Settings):
     minutes: float = Field(30, gt=0, description="after which no further one is begun")
     gradient_tokens: int = Field(2048, ge=512, description="of the calibration text, that tell what each matrix costs")
     calibration_tokens: int = Field(8192, ge=4096, description="of it, that rounding is fitted to")
+    refining_passes: int = Field(2, ge=0, description="through a matrix after it is rounded")
     chosen_tokens: int = Field(4096, ge=512, description="of it, kept apart, that candidates are compared on")
     heldout_tokens: int = Field(8192, ge=512, description="that the certificate is measured on")
     repeats: int = Field(6, gt=0, description="timed repeats; the range of six holds the median with 97 % confidence")
@@ -43,8 +44,8 @@ class SearchSettings(Settings):
 
 
 FAST = {
-    "candidates": 1, "gradient_tokens": 1024, "calibration_tokens": 4096, "chosen_tokens": 1024, "heldout_tokens": 3072,
-    "probe_rounds": 1, "answers": 4, "answer_tokens": 128,
+    "candidates": 1, "gradient_tokens": 1024, "calibration_tokens": 4096, "refining_passes": 1, "chosen_tokens": 1024,
+    "heldout_tokens": 3072, "probe_rounds": 1, "answers": 4, "answer_tokens": 128,
 }  # fmt: skip
 BEST = {
     "candidates": 1000, "minutes": 120, "gradient_tokens": 8192, "calibration_tokens": 16_384, "chosen_tokens": 8192,

@@ -120,11 +120,11 @@ def test_a_search_that_is_stopped_keeps_the_best_and_goes_on(
     make: Callable[..., Any] = workbench.quantize_model
     calls: list[int] = []
 
-    def stopped(*given: Any) -> Any:
+    def stopped(*given: Any, **named: Any) -> Any:
         calls.append(1)
         if len(calls) > 1:
             raise KeyboardInterrupt
-        return make(*given)
+        return make(*given, **named)
 
     monkeypatch.setattr(workbench, "quantize_model", stopped)
     loose = replace(asked, target=read_target(quality_loss="3%", memory=f"{asked.target.memory}"))
