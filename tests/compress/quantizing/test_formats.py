@@ -133,6 +133,17 @@ def test_refining_never_loses_and_gains(name: str) -> None:
     assert same_as_read(round_again(weight, form, inputs, plain.values, plain.grids), form)
 
 
+def test_each_pass_of_refining_brings_what_was_compensated_nearer() -> None:
+    form, weight, given = FORMATS["q4_0"], weights(48, 512), correlated(512)
+    inputs = Inputs(given.T @ given)
+
+    def lost(passes: int) -> float:
+        off = round_compensated(weight, form, inputs, passes).values - inputs.aim(weight)
+        return float(((off @ inputs.products) * off).sum())
+
+    assert lost(0) > lost(1) > lost(2)
+
+
 def test_what_is_rounded_follows_a_change_of_its_weights() -> None:
     """Refined towards weights that a change of rank 1 moved, codes come nearer; without inputs nothing moves."""
     form, weight, given = FORMATS["q3_k"], weights(48, 512), correlated(512)
