@@ -43,7 +43,8 @@ Rows = Annotated[int, typer.Option(min=1, help="Rows a step.")]
 Window = Annotated[int, typer.Option(min=8, help="Tokens a row.")]
 Rate = Annotated[float, typer.Option(min=0, help="The learning rate at its highest.")]
 HeldoutFrom = Annotated[
-    Literal["documents", "end"], typer.Option(help="What is measured on: documents, or files' ends.")
+    Literal["documents", "end"],
+    typer.Option(help="What is measured on: the end of each file, or some of many documents."),
 ]
 
 
@@ -107,7 +108,7 @@ def compress_distill(
     rows: Rows = 8,
     window: Window = 256,
     learning_rate: Rate = 3e-4,
-    heldout_from: HeldoutFrom = "documents",
+    heldout_from: HeldoutFrom = "end",
     as_json: Json = False,
 ) -> None:
     """Tune a model towards a teacher on a text: to win back what was cut, or to teach a small model.
@@ -154,7 +155,7 @@ def compress_exits(
     rows: Rows = 8,
     window: Window = 256,
     learning_rate: Rate = 3e-4,
-    heldout_from: HeldoutFrom = "documents",
+    heldout_from: HeldoutFrom = "end",
     as_json: Json = False,
 ) -> None:
     """Teach a model to answer early, and measure how much faster it then writes what it would have written.
@@ -319,7 +320,7 @@ def compress_shape(
     rows: Rows = 8,
     window: Window = 256,
     learning_rate: Rate = 3e-4,
-    heldout_from: HeldoutFrom = "documents",
+    heldout_from: HeldoutFrom = "end",
     as_json: Json = False,
 ) -> None:
     """Find a smaller shape of a model for a device: all shapes trained at once, searched, and the best taught alike.

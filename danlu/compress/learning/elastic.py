@@ -20,7 +20,7 @@ import numpy as np
 from danlu.artifact import CARD, Figures, code_version, figure, hash_file, make_card, peak_memory, write_json
 from danlu.compress.learning.elastic_file import check_form, cut_of, name_of, write_whole
 from danlu.compress.learning.supernet import in_order, sizes
-from danlu.compress.learning.tuning import Tuning, heldout_rows, keep_to, tune
+from danlu.compress.learning.tuning import Tuning, beginning, heldout_rows, keep_to, prepare, tune
 from danlu.console import progress, say, table
 from danlu.data.stream import Batch
 from danlu.device.battery import POLICY, read_policy, write_policy
@@ -88,10 +88,11 @@ def make_elastic(
     model.tokenizer.gguf_metadata(model.config.vocab_size)  # raises where GGUF has no such vocabulary
     library()  # without the engine nothing can be measured
     settings = {"elastic": asked.plain(), "type": type, "tuning": vars(tuning)}
-    out.mkdir(parents=True, exist_ok=True)
     resumed = (out / ASKED).is_file()
-    keep_to(out / ASKED, json.dumps({"model": model.digest, **settings}, indent=2) + "\n")
-    recipe = tuning.recipe(in_order(model, out / "ordered"), {"elastic": asked.plain()}, "elastic")
+    with beginning(out):
+        keep_to(out / ASKED, json.dumps({"model": model.digest, **settings}, indent=2) + "\n")
+        recipe = tuning.recipe(in_order(model, out / "ordered"), {"elastic": asked.plain()}, "elastic")
+        prepare(recipe, out / "run")
     whole = tune(recipe, out / "run")
     write_whole(whole, form, out / MODEL)
     shutil.rmtree(out / CUTS, ignore_errors=True)  # of a file that stood there before

@@ -29,7 +29,7 @@ from danlu.artifact import (
 )
 from danlu.compress.learning.distill import Teaching, distill
 from danlu.compress.learning.supernet import in_order, part_bytes, part_model, save_part, sizes, workload
-from danlu.compress.learning.tuning import Tuning, heldout_rows, keep_to, note, row_losses, tune
+from danlu.compress.learning.tuning import Tuning, beginning, heldout_rows, keep_to, note, prepare, row_losses, tune
 from danlu.console import progress, say, table
 from danlu.device.profile import DeviceProfile
 from danlu.errors import DanluError
@@ -142,8 +142,8 @@ def find_shape(
         finalists: parts that are taught.
         teaching_steps: of each; by default as many as of the supernet.
 
-    Raises DanluError where no part keeps to the limits, naming the smallest and what it misses, or OUT holds another
-    search.
+    Raises DanluError where no part keeps to the limits, naming the smallest and what it misses, OUT holds another
+    search, or the text is too short.
     """
     parts = parts_of(model.config, asked)
     allowed = [part for part in parts if device.allows(part)]
@@ -152,9 +152,10 @@ def find_shape(
     begun = time.monotonic()
     settings = {"elastic": asked.plain(), "form": device.form, "memory": device.memory, "speed": device.speed}
     settings |= {"tuning": vars(tuning), "teaching_steps": teaching_steps or tuning.steps, "finalists": finalists}
-    out.mkdir(parents=True, exist_ok=True)
-    keep_to(out / SEARCH, json.dumps({"model": model.digest, **settings}, indent=2) + "\n")
-    recipe = tuning.recipe(in_order(model, out / "ordered"), {"elastic": asked.plain()}, "supernet")
+    with beginning(out):
+        keep_to(out / SEARCH, json.dumps({"model": model.digest, **settings}, indent=2) + "\n")
+        recipe = tuning.recipe(in_order(model, out / "ordered"), {"elastic": asked.plain()}, "supernet")
+        prepare(recipe, out / "supernet")
     whole = tune(recipe, out / "supernet")
     note(out / "supernet", "supernet", {"model": model.digest}, {})
     rows, net = heldout_rows(recipe, out / "supernet"), whole.load()
