@@ -100,6 +100,17 @@ def test_a_narrow_student_goes_on_exactly_where_it_was_stopped(home: Path, base:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_what_was_not_begun_leaves_a_directory_as_it_was(home: Path, base: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(DanluError, match="nothing could be held out of 1 texts") as problem:
+        distill(base, base, replace(tuning(home, 1), heldout_from="documents"), Teaching(), tmp_path)
+    assert "--heldout-from end" in str(problem.value)
+    with pytest.raises(DanluError, match="a measurement needs 9000 rows"):
+        distill(base, base, replace(tuning(home, 1), rows=9000), Teaching(), tmp_path)
+    assert [place.name for place in tmp_path.iterdir()] == ["notes.txt"]
+    distill(base, base, tuning(home, 1), Teaching(), tmp_path)
+
+
 def test_the_recipe_beside_a_run_is_one_of_danlu_train(home: Path, base: Checkpoint, tmp_path: Path) -> None:
     made = distill(base, base, tuning(home, 1), Teaching(share=1.0), tmp_path)
     assert losses(tmp_path) == [pytest.approx(0.0, abs=1e-3)]  # a teacher that agrees leaves nothing to learn
@@ -178,6 +189,16 @@ def test_exits_are_learned_and_measured(home: Path, base: Checkpoint, tmp_path: 
     assert card["figures"]["faster"]["value"] == faster[0] and card["inputs"] == {"model": base.digest}
     assert [each["faster"] for each in json.loads((tmp_path / TABLE).read_text())] == faster
     assert card["figures"]["loss_change"]["value"] < 0.05  # the end still answers as well
+    # Every setting stands on the card, with what answering there without a check costs.
+    assert set(card["figures"]["exits"]) == {"behind_1", "behind_2"}
+    for each in made.settings:
+        about = card["figures"]["exits"][f"behind_{each.exit}"]
+        assert about["loss"]["low"] < about["loss"]["value"] == each.loss < about["loss"]["high"]
+        assert about["loss_change"]["value"] == pytest.approx(each.loss / made.loss - 1, abs=1e-6)
+        told = about[f"guesses_{each.guesses}_sure_{each.sure:g}"]
+        assert told["faster"]["low"] <= told["faster"]["value"] == each.faster <= told["faster"]["high"]
+        assert told["kept_share"]["value"] == each.kept_share
+        assert told["same"]["low"] < told["same"]["value"] == told["same"]["high"] == 1.0
 
 
 @pytest.mark.parametrize("layer", [4, 0])
