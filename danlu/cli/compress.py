@@ -311,10 +311,14 @@ def compress_shape(
     heads: Annotated[list[int] | None, typer.Option(min=1, help="Query heads of a layer; repeatable.")] = None,
     channels: Annotated[list[int] | None, typer.Option(min=1, help="Inner features; repeatable.")] = None,
     width: Annotated[list[int] | None, typer.Option(min=1, help="Features of the stream; repeatable.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Of the weights, at most: 20MB.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Of the file as --type, its words included, at most: 20MB.")
+    ] = None,
     speed: Annotated[float | None, typer.Option(min=0, help="Token/s of decoding, at least; needs --device.")] = None,
     device: Annotated[Path | None, typer.Option(help="A profile of `danlu device probe`.")] = None,
-    type_: Annotated[str, typer.Option("--type", help="The number format of matrices there.")] = "q8_0",
+    type_: Annotated[
+        str, typer.Option("--type", help="The number format of matrices there: q8_0, q4_0, q4_k, ...")
+    ] = "q8_0",
     finalists: Annotated[int, typer.Option(min=1, help="Shapes that are taught before they are ranked.")] = 3,
     teaching_steps: Annotated[int | None, typer.Option(min=1, help="Of each; else as many as --steps.")] = None,
     rows: Rows = 8,
