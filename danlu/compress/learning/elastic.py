@@ -34,6 +34,7 @@ from danlu.errors import DanluError
 from danlu.evaluate.bootstrap import interval, paired_change
 from danlu.model.checkpoint import Checkpoint, StoredModel
 from danlu.model.config import ModelConfig
+from danlu.model.gguf import all_metadata
 from danlu.train.objectives.elastic import part_config, parts_of
 from danlu.train.recipe import ElasticSettings
 
@@ -85,7 +86,7 @@ def make_elastic(
     begun, form = time.monotonic(), check_form(type)
     parts = parts_of(model.config, asked)[::-1]
     cuts = [cut_of(model.config, part, form) for part in parts]
-    model.tokenizer.gguf_metadata(model.config.vocab_size)  # raises where GGUF has no such vocabulary
+    all_metadata(model.config, model.tokenizer)  # refuses now what could not be written in the end
     library()  # without the engine nothing can be measured
     settings = {"elastic": asked.plain(), "type": type, "tuning": vars(tuning)}
     resumed = (out / ASKED).is_file()
