@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from danlu.compress.learning.distill import Teaching, distill
 from danlu.compress.learning.early_exit import Guessing, _Halves, write_early
 from danlu.compress.learning.exits import GUESSES, TABLE, tune_exits
 from danlu.compress.learning.tuning import RECIPE, Tuning
+from danlu.compress.pruning.structured import Shape, shrink
 from danlu.errors import DanluError
 from danlu.model.checkpoint import Checkpoint, save_checkpoint
 from danlu.model.generate import generate
@@ -98,6 +101,28 @@ def test_a_narrow_student_goes_on_exactly_where_it_was_stopped(home: Path, base:
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     one, other = (Checkpoint.open(tmp_path / name).load().state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.soak  # a minute of training
+def test_shakespeare_without_three_of_four_layers_is_learned_again(
+    real_data: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """On a model that has learned real text, which it had not by heart."""
+    text = real_data("tinyshakespeare.txt.gz")
+    small = Small(layers=4, width=96, heads=4, kv_heads=2, channels=256, context=64)
+    base = train_small(
+        small, text, 400, tmp_path / "base", vocabulary={"kind": "characters", "special": []},
+        batch={"rows": 12, "window": 64}, optimizer={"learning_rate": 4e-3, "clip": 1.0},
+        schedule={"kind": "linear", "warmup": 0.05, "final_share": 0.0},
+    )  # fmt: skip
+    whole, plain = Checkpoint.open(base), gzip.decompress(text.read_bytes()).decode("utf-8")
+    cut = shrink(whole, Shape(layers=1), plain[:50_000], tmp_path / "cut")
+    asked = Tuning((str(text),), 120, rows=12, window=64, learning_rate=2e-3, heldout=0.1)
+    made = distill(Checkpoint.open(cut.path), whole, asked, Teaching(), tmp_path / "out")
+    assert made.teacher is not None and made.teacher.mean < 2.2, "it has learned"
+    assert made.before.mean > 1.1 * made.teacher.mean, "the layers mattered"
+    assert made.before.change(made.after)["high"] < -0.08
+    assert made.after.mean - made.teacher.mean < 0.5 * (made.before.mean - made.teacher.mean)
 
 
 def test_what_was_not_begun_leaves_a_directory_as_it_was(home: Path, base: Checkpoint, tmp_path: Path) -> None:
