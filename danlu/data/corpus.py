@@ -355,7 +355,8 @@ def _check(settings: CorpusSettings, sides: dict[Side, dict[str, Any]]) -> None:
         raise DanluError("there is no text to train on", where=where)
     if settings.heldout and not sides["heldout"]["tokens"]:
         what = f"nothing could be held out of {sides['train']['documents']:,} texts"
-        raise DanluError(what, where=where, fix="set heldout_from: end, which takes the last part of each file")
+        fix = "take the last part of each file: heldout_from: end in a recipe, --heldout-from end in a command"
+        raise DanluError(what, where=where, fix=fix)
     for side, about in sides.items():
         if about["unknown"]:
             share = about["unknown"] / about["tokens"]

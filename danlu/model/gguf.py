@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from danlu.console import warn
 from danlu.errors import DanluError
-from danlu.gguf_header import Header, TensorPlace, gguf_writer
+from danlu.gguf_header import DEFAULT_ALIGNMENT, Header, TensorPlace, gguf_writer
 from danlu.gguf_numbers import dequantize
 from danlu.model.config import ModelConfig
 from danlu.model.families.family import Family
@@ -149,8 +150,7 @@ def write_weights(
         file_type: what the file says most of it is; by default `dtype`.
     """
     family = family_for(config)
-    metadata = {**write_metadata(config), **_general(file_type or TYPES[dtype][2])}
-    metadata |= {f"tokenizer.{key}": value for key, value in tokenizer.gguf_metadata(config.vocab_size).items()}
+    metadata = all_metadata(config, tokenizer, file_type or TYPES[dtype][2])
     arch = metadata["general.architecture"]
     context = metadata[f"{arch}.context_length"]
     if context < config.context:
@@ -169,6 +169,44 @@ def write_weights(
             writer.write_tensor_data(_bytes(tensor, _kind(tensor, dtype)))
             for part in tensor.parts:
                 forget_pages(part)
+
+
+def all_metadata(
+    config: ModelConfig, tokenizer: Tokenizer, file_type: gguf.LlamaFileType = gguf.LlamaFileType.ALL_F32
+) -> dict[str, Any]:
+    """All keys of a file of a model.
+
+    Raises DanluError where llama.cpp would compute or tokenise otherwise: worth asking before a model is changed.
+    """
+    words = {f"tokenizer.{key}": value for key, value in tokenizer.gguf_metadata(config.vocab_size).items()}
+    return {**write_metadata(config), **_general(file_type), **words}
+
+
+def keys_bytes(config: ModelConfig, tokenizer: Tokenizer) -> int:
+    """What the keys of a file of a model take, of which the words are the most. For errors see `all_metadata`."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "keys.gguf"
+        with gguf_writer(file, all_metadata(config, tokenizer)) as writer:
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+        return file.stat().st_size
+
+
+def told_bytes(config: ModelConfig, weights: Mapping[str, Tensor | Packed], keys: int) -> int:
+    """The size of the file that `write_weights` would write of weights, which may be without memory.
+
+    Args: keys: what its keys take; see `keys_bytes`.
+
+    Raises DanluError where GGUF has no name for a weight.
+    """
+    ends = keys
+    tensors = _weights_out(config, weights, family_for(config))
+    for tensor in tensors:
+        ends += 8 + len(tensor.name) + 4 + 8 * len(tensor.shape) + 4 + 8  # a name, sizes, a type, an offset
+    for tensor in tensors:
+        size = math.prod(tensor.shape) * _kind(tensor, "f32").itemsize
+        ends = -(-ends // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT + size
+    return -(-ends // DEFAULT_ALIGNMENT) * DEFAULT_ALIGNMENT
 
 
 def forget_pages(weight: Tensor) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,6 @@ from typing import Any
 import pytest
 
 from danlu.tokenizer import Tokenizer
-
-DATA = Path(os.environ.get("DANLU_DATA", "../shared/data"))
 
 
 @pytest.fixture(scope="session")
@@ -39,18 +36,6 @@ def with_template(smollm: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -
         return Tokenizer.load(directory)
 
     return make
-
-
-@pytest.fixture
-def real_data() -> Callable[[str], Path]:
-    """The path of a real data set by its name; skips the test where it is absent."""
-
-    def find(name: str) -> Path:
-        if not (DATA / name).is_file():
-            pytest.skip(f"{DATA / name} is absent; set DANLU_DATA to the folder of test data")
-        return DATA / name
-
-    return find
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from danlu.artifact import Figures, figure, library_version
+from danlu.compress.apart import check_apart
 from danlu.compress.exports import compressed_tensors, executorch, onnx, openvino
 from danlu.compress.exports.compressed_tensors import EMBEDDING
 from danlu.compress.exports.graph import graph_of
@@ -101,7 +102,11 @@ def export_model(request: Request) -> Product:
 
 
 def check_type(request: Request) -> str:
-    """The type, in lower case. Raises DanluError where the form has none of this name, or a text is missing for it."""
+    """The type, in lower case.
+
+    Raises DanluError where the form has none of this name, a text is missing for it or has no effect, or much of the
+    held-out text is in the calibration text.
+    """
     known = TYPES[request.kind]
     kind = (request.type or known[0]).lower()
     if kind not in known:
@@ -113,8 +118,8 @@ def check_type(request: Request) -> str:
     given = [name for name in ("calibration", "heldout") if getattr(request, name) is not None]
     if not few and given:
         raise DanluError("has no effect here", where=f"--{given[0]}", fix=f"leave it out with --to {request.kind}")
-    if request.heldout is not None and request.heldout == request.calibration:
-        raise DanluError("is the calibration text", where="--heldout", fix="name another text of the same kind")
+    if request.calibration is not None and request.heldout is not None:
+        check_apart(request.calibration, request.heldout)
     return kind
 
 

@@ -18,6 +18,7 @@ from danlu.compress.learning.tuning import (
     RECIPE,
     RowLosses,
     Tuning,
+    beginning,
     heldout_rows,
     keep_to,
     note,
@@ -119,13 +120,15 @@ def distill_from(
     if told is None:
         about = endpoint.find_model()
         _check_context(recipe.batch.window, about.get("max_model_len"), endpoint)
-    out.mkdir(parents=True, exist_ok=True)
     asked = {"student": student.digest, "teacher": endpoint.model, "top": most, "writes": writes}
-    keep_to(out / ASKED, yaml.safe_dump(asked | {"share": teaching.share, "tuning": recipe.plain()}, sort_keys=False))
+    asked |= {"share": teaching.share, "tuning": recipe.plain()}
+    with beginning(out):
+        keep_to(out / ASKED, yaml.safe_dump(asked, sort_keys=False))
+        if told is None:
+            question = _question(recipe, tuning, out)
+            reader = Reader(student.tokenizer, student.config.vocab_size, endpoint.url)
+            teacher = Teacher.meet(endpoint, reader, most, _probe(question), writes)
     if told is None:
-        question = _question(recipe, tuning, out)
-        reader = Reader(student.tokenizer, student.config.vocab_size, endpoint.url)
-        teacher = Teacher.meet(endpoint, reader, most, _probe(question), writes)
         way = "scores the text" if teacher.scores else "goes on with beginnings of the text"
         say(f"distill: {endpoint.model} {way}")
         told = ask(teacher, question, out).path.resolve()

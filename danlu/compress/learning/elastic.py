@@ -20,7 +20,7 @@ import numpy as np
 from danlu.artifact import CARD, Figures, code_version, figure, hash_file, make_card, peak_memory, write_json
 from danlu.compress.learning.elastic_file import check_form, cut_of, name_of, write_whole
 from danlu.compress.learning.supernet import in_order, sizes
-from danlu.compress.learning.tuning import Tuning, heldout_rows, keep_to, tune
+from danlu.compress.learning.tuning import Tuning, beginning, heldout_rows, keep_to, prepare, tune
 from danlu.console import progress, say, table
 from danlu.data.stream import Batch
 from danlu.device.battery import POLICY, read_policy, write_policy
@@ -34,6 +34,7 @@ from danlu.errors import DanluError
 from danlu.evaluate.bootstrap import interval, paired_change
 from danlu.model.checkpoint import Checkpoint, StoredModel
 from danlu.model.config import ModelConfig
+from danlu.model.gguf import all_metadata
 from danlu.train.objectives.elastic import part_config, parts_of
 from danlu.train.recipe import ElasticSettings
 
@@ -85,13 +86,14 @@ def make_elastic(
     begun, form = time.monotonic(), check_form(type)
     parts = parts_of(model.config, asked)[::-1]
     cuts = [cut_of(model.config, part, form) for part in parts]
-    model.tokenizer.gguf_metadata(model.config.vocab_size)  # raises where GGUF has no such vocabulary
+    all_metadata(model.config, model.tokenizer)  # refuses now what could not be written in the end
     library()  # without the engine nothing can be measured
     settings = {"elastic": asked.plain(), "type": type, "tuning": vars(tuning)}
-    out.mkdir(parents=True, exist_ok=True)
     resumed = (out / ASKED).is_file()
-    keep_to(out / ASKED, json.dumps({"model": model.digest, **settings}, indent=2) + "\n")
-    recipe = tuning.recipe(in_order(model, out / "ordered"), {"elastic": asked.plain()}, "elastic")
+    with beginning(out):
+        keep_to(out / ASKED, json.dumps({"model": model.digest, **settings}, indent=2) + "\n")
+        recipe = tuning.recipe(in_order(model, out / "ordered"), {"elastic": asked.plain()}, "elastic")
+        prepare(recipe, out / "run")
     whole = tune(recipe, out / "run")
     write_whole(whole, form, out / MODEL)
     shutil.rmtree(out / CUTS, ignore_errors=True)  # of a file that stood there before

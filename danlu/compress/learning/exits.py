@@ -15,9 +15,10 @@ import torch
 
 from danlu.artifact import Figures, figure, write_json
 from danlu.compress.learning.early_exit import Guessing, write_early
-from danlu.compress.learning.tuning import Tuning, heldout_rows, note, row_losses, tune
+from danlu.compress.learning.tuning import RowLosses, Tuning, heldout_rows, note, row_losses, tune
 from danlu.console import progress, say, table
 from danlu.data.stream import Batch
+from danlu.evaluate.bootstrap import proportion
 from danlu.model.checkpoint import Checkpoint
 from danlu.model.generate import generate
 from danlu.model.transformer import Decoder
@@ -36,7 +37,7 @@ class Setting:
         guesses: before a check, at most.
         sure: probability that each must be given.
         kept_share: of the guesses, those that were right.
-        faster: token/s by those of the model without exits, the median over the prompts.
+        faster: token/s by those of the model without exits, the median over the prompts; span: the least and the most.
         same: share of the answers that are the model's own to the last token.
         loss: of the exit alone, nat/token on held-out rows: what answering there without a check costs.
     """
@@ -46,8 +47,24 @@ class Setting:
     sure: float
     kept_share: float
     faster: float
+    span: tuple[float, float]
     same: float
     loss: float
+
+    @property
+    def name(self) -> str:
+        """What it is called among those of its exit."""
+        return f"guesses_{self.guesses}_sure_{self.sure:g}"
+
+    def told(self, prompts: int, tokens: int) -> Figures:
+        """As figures of a card, measured on so many prompts, each continued by at most so many tokens."""
+        by = f"greedy answers to {prompts} prompts, {tokens} tokens each"
+        beside = f"token/s beside the model without exits, median of {by}; the range is that of the prompts"
+        return {
+            "kept_share": figure(self.kept_share, "share", by=f"guesses that were right in {by}"),
+            "faster": figure(self.faster, "x", *self.span, by=beside),
+            "same": proportion(round(self.same * prompts), prompts).figure("share", "answers equal to the last token"),
+        }
 
 
 @dataclass(frozen=True)
@@ -81,12 +98,14 @@ def tune_exits(
 ) -> Exits:
     """Teach a model to answer behind some blocks, and measure what guessing there saves.
 
-    OUT/model is the tuned model, OUT/exits.json every setting, and OUT/card.json the fastest with what it was made
-    from. The same command on the same directory goes on where it was stopped.
+    OUT/model is the tuned model, OUT/exits.json every setting, the fastest first, and OUT/card.json the fastest and
+    then all of them by exit, with what they were made from. The same command on the same directory goes on where it
+    was stopped.
 
     Args:
         layers: numbers of blocks with an exit behind them.
-        prompts, tokens: beginnings of held-out rows that are continued, and tokens of each answer.
+        prompts, tokens: beginnings of held-out rows that are continued, and tokens of each answer, at most half of the
+            context.
 
     Raises DanluError where there is no such exit, or the text is too short.
     """
@@ -96,13 +115,15 @@ def tune_exits(
     rows = heldout_rows(recipe, out)
     before, tuned = row_losses(model.load(), rows), made.load()
     after = row_losses(tuned, rows)
+    tokens = min(tokens, tuned.config.context // 2)
     begins = _beginnings(rows, prompts, tuned.config.context - tokens)
     settings: list[Setting] = []
+    there: dict[int, RowLosses] = {}
     with progress("exits", len(layers) * len(GUESSES), "settings") as tick:
         for layer in layers:
-            loss = row_losses(tuned, rows, partial(_early, tuned, layer)).mean
+            there[layer] = row_losses(tuned, rows, partial(_early, tuned, layer))
             for guesses, sure in GUESSES:
-                settings.append(_measure(tuned, Guessing(layer, guesses, sure), begins, tokens, loss))
+                settings.append(_measure(tuned, Guessing(layer, guesses, sure), begins, tokens, there[layer].mean))
                 tick.advance(1)
     settings.sort(key=lambda each: -each.faster)
     best = settings[0]
@@ -114,9 +135,15 @@ def tune_exits(
         "exit": figure(best.exit, "block"),
         "guesses": figure(best.guesses, "token", by="before a check, at most"),
         "sure": figure(best.sure, "probability", by="that a guess must be given"),
-        "kept_share": figure(best.kept_share, "share", by=f"greedy answers to {len(begins)} prompts"),
-        "faster": figure(best.faster, "x", by=f"token/s beside the model without exits, {tokens} tokens a prompt"),
-        "same": figure(best.same, "share", by="answers equal to the last token"),
+        **best.told(len(begins), tokens),
+        "exits": {
+            f"behind_{layer}": {
+                "loss": loss.figure(f"without a check; {by}"),
+                "loss_change": after.change(loss),
+                **{each.name: each.told(len(begins), tokens) for each in settings if each.exit == layer},
+            }
+            for layer, loss in there.items()
+        },
     }
     write_json(out / TABLE, [vars(each) for each in settings])
     card = note(out, "exits", {"model": model.digest}, found)
@@ -158,8 +185,16 @@ def _measure(model: Decoder, guessing: Guessing, prompts: list[list[int]], token
         early, fast = _timed(partial(write_early, model, prompt, guessing, max_new_tokens=tokens))
         ratios.append(alone / fast)
         same += early == plain
-    share = same / len(prompts)
-    return Setting(guessing.layer, guessing.most, guessing.sure, guessing.kept_share, median(ratios), share, loss)
+    return Setting(
+        guessing.layer,
+        guessing.most,
+        guessing.sure,
+        guessing.kept_share,
+        median(ratios),
+        (min(ratios), max(ratios)),
+        same / len(prompts),
+        loss,
+    )
 
 
 def _timed(write: Callable[[], Iterator[int]]) -> tuple[list[int], float]:

@@ -28,13 +28,16 @@ from danlu.artifact import (
     write_json,
 )
 from danlu.compress.learning.distill import Teaching, distill
-from danlu.compress.learning.supernet import in_order, part_bytes, part_model, save_part, sizes, workload
-from danlu.compress.learning.tuning import Tuning, heldout_rows, keep_to, note, row_losses, tune
-from danlu.console import progress, say, table
+from danlu.compress.learning.supernet import in_order, part_model, save_part, sizes, workload
+from danlu.compress.learning.tuning import Tuning, beginning, heldout_rows, keep_to, note, prepare, row_losses, tune
+from danlu.compress.quantizing.formats.known import format_of
+from danlu.compress.quantizing.mixes import PLAIN, file_bytes
+from danlu.console import progress, say, table, warn
 from danlu.device.profile import DeviceProfile
 from danlu.errors import DanluError
 from danlu.model.checkpoint import Checkpoint, save_checkpoint
 from danlu.model.config import ModelConfig
+from danlu.model.gguf import keys_bytes
 from danlu.train.objectives.elastic import block_weights, parts_of
 from danlu.train.recipe import ElasticSettings
 
@@ -50,33 +53,50 @@ class Device:
     """What a shape must keep to.
 
     Attributes:
-        form: the number format its matrices will have.
-        memory: bytes of its weights, at most; None for any.
+        form: the number format its matrices are asked for in, as by `danlu compress quantize --type`.
+        memory: bytes of the file, at most; None for any.
         speed: token/s of decoding, at least; None for any.
         profile: of the device, which tells the speed.
+        keys: bytes of the file that are no weights: the words.
 
-    Raises DanluError where a speed is asked for without a profile.
+    Raises DanluError for a format that is not known, and where a speed is asked for without a profile.
     """
 
     form: str = "q8_0"
     memory: int | None = None
     speed: float | None = None
     profile: DeviceProfile | None = None
+    keys: int = 0
 
     def __post_init__(self) -> None:
+        format_of(self.form)
         if self.speed is not None and self.profile is None:
             what = "a speed is that of a device, and none is named"
             raise DanluError(what, where="--speed", fix="measure one: danlu device probe, and name it with --device")
 
+    def size(self, part: ModelConfig) -> int:
+        """Bytes of the file that `danlu compress quantize` makes of a shape."""
+        return file_bytes(part, self.form, self.keys)
+
     def rate(self, part: ModelConfig) -> float | None:
-        """Token/s, as the profile tells it."""
-        return None if self.profile is None else 1 / self.profile.seconds_for(workload(part, self.form))
+        """Token/s, as the profile tells it.
+
+        Raises DanluError where it says nothing of a format, or rows fill the blocks of none and would stay fp32.
+        """
+        if self.profile is None:
+            return None
+        work = workload(part, self.form)
+        odd = next((matrix.columns for matrix in work.matrices if matrix.type == PLAIN), None)
+        if odd is not None:
+            what = f"rows of {odd:,} numbers do not fill blocks of {self.form} and stay {PLAIN}, which is not timed"
+            raise DanluError(what, where="shape", fix="name sizes whose rows are a multiple of 32 numbers")
+        return 1 / self.profile.seconds_for(work)
 
     def allows(self, part: ModelConfig) -> bool:
         """Whether a shape keeps to it."""
         rate = self.rate(part)
         slow = self.speed is not None and rate is not None and rate < self.speed
-        return not slow and (self.memory is None or part_bytes(part, self.form) <= self.memory)
+        return not slow and (self.memory is None or self.size(part) <= self.memory)
 
 
 @dataclass(frozen=True)
@@ -142,19 +162,21 @@ def find_shape(
         finalists: parts that are taught.
         teaching_steps: of each; by default as many as of the supernet.
 
-    Raises DanluError where no part keeps to the limits, naming the smallest and what it misses, or OUT holds another
-    search.
+    Raises DanluError where no part keeps to the limits, naming the smallest and what it misses, OUT holds another
+    search, or the text is too short.
     """
     parts = parts_of(model.config, asked)
+    device = replace(device, keys=_keys(model))
     allowed = [part for part in parts if device.allows(part)]
     if not allowed:
         raise _nearest(parts, device)
     begun = time.monotonic()
     settings = {"elastic": asked.plain(), "form": device.form, "memory": device.memory, "speed": device.speed}
     settings |= {"tuning": vars(tuning), "teaching_steps": teaching_steps or tuning.steps, "finalists": finalists}
-    out.mkdir(parents=True, exist_ok=True)
-    keep_to(out / SEARCH, json.dumps({"model": model.digest, **settings}, indent=2) + "\n")
-    recipe = tuning.recipe(in_order(model, out / "ordered"), {"elastic": asked.plain()}, "supernet")
+    with beginning(out):
+        keep_to(out / SEARCH, json.dumps({"model": model.digest, **settings}, indent=2) + "\n")
+        recipe = tuning.recipe(in_order(model, out / "ordered"), {"elastic": asked.plain()}, "supernet")
+        prepare(recipe, out / "supernet")
     whole = tune(recipe, out / "supernet")
     note(out / "supernet", "supernet", {"model": model.digest}, {})
     rows, net = heldout_rows(recipe, out / "supernet"), whole.load()
@@ -242,11 +264,20 @@ def print_found(found: Found) -> None:
     say(f"order of these before and after they were taught: Kendall's tau {found.order:+.2f}")
 
 
+def _keys(model: Checkpoint) -> int:
+    """Bytes of a model's file that are no weights; 0, which is said, where llama.cpp would not read it."""
+    try:
+        return keys_bytes(model.config, model.tokenizer)
+    except DanluError as error:
+        warn(f"shape: sizes are those of the weights alone, of which no GGUF file can be made: {error.what}")
+        return 0
+
+
 def _nearest(parts: Sequence[ModelConfig], device: Device) -> DanluError:
     smallest = min(parts, key=block_weights)
     rate = device.rate(smallest)
     told = "" if rate is None else f" and {rate:,.1f} token/s"
-    what = f"no shape keeps to the limits: the smallest has {part_bytes(smallest, device.form):,} bytes{told}"
+    what = f"no shape keeps to the limits: the smallest has {device.size(smallest):,} bytes as {device.form}{told}"
     return DanluError(what, where="shape", fix="allow more, or name smaller sizes")
 
 
@@ -254,7 +285,9 @@ def _figures(best: Candidate, device: Device, order: float, looked: int, parts: 
     found: Figures = {
         "loss": figure(best.taught or best.loss, "nat/token", by="held-out rows"),
         "loss_cut_out": figure(best.loss, "nat/token", by="the part of the supernet, before it was taught"),
-        "bytes": figure(part_bytes(best.part, device.form), "byte", by=f"weights as {device.form}"),
+        "bytes": figure(
+            device.size(best.part), "byte", by=f"{'the GGUF file' if device.keys else 'weights'} as {device.form}"
+        ),
         "order": figure(order, "Kendall's tau", by="losses of the finalists before and after they were taught"),
         "looked_at": figure(looked, "shapes", by=f"of {parts:,}"),
     }

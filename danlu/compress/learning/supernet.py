@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from danlu.compress.pruning.fitted import READERS, WRITERS
-from danlu.device.stack import bytes_per_weight
+from danlu.compress.quantizing.mixes import PLAIN, formats_for, head_of, matrices_of
 from danlu.device.workload import Matrix, Workload
 from danlu.model.checkpoint import Checkpoint, save_checkpoint
 from danlu.model.config import ModelConfig
@@ -106,15 +106,9 @@ def sizes(part: ModelConfig) -> tuple[int, int, int, int]:
 
 
 def workload(part: ModelConfig, form: str) -> Workload:
-    """What a decoder asks of a device for a token, all its matrices in one format."""
-    shapes = {name: tuple(weight.shape) for name, weight in without_memory(part).named_parameters()}
-    head = "head.weight" if "head.weight" in shapes else "embedding.tokens.weight"
-    used = [shape for name, shape in shapes.items() if len(shape) == 2 and (name.startswith("blocks.") or name == head)]
-    matrices = tuple(Matrix(form, rows, columns) for rows, columns in used)
+    """What a decoder asks of a device for a token, its matrices stored as `danlu compress quantize --type` does."""
+    shapes = matrices_of(part)
+    types = {name: PLAIN if kind is None else kind.kind.name.lower() for name, _, kind in formats_for(part, form)}
+    used = [name for name in shapes if name.startswith("blocks.") or name == head_of(shapes)]
+    matrices = tuple(Matrix(types[name], *shapes[name]) for name in used)
     return Workload(matrices, part.layers, part.heads * part.head_width, part.vocab_size)
-
-
-def part_bytes(part: ModelConfig, form: str) -> int:
-    """Of a decoder's weights: matrices in a format, vectors in fp32."""
-    found = without_memory(part).named_parameters()
-    return round(sum(each.numel() * (bytes_per_weight(form) if each.dim() > 1 else 4) for _, each in found))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -43,7 +45,8 @@ class Tuning:
         rows, window: of a step, and the tokens of each.
         learning_rate: at its highest; it rises over the first twentieth and falls to 0.
         heldout: share of the text that is kept back to measure with.
-        heldout_from: documents, or the end of each file: that which the model has not learned from before.
+        heldout_from: documents, of which there must be many, or the end of each file: that which the model has not
+            learned from before.
         seed: decides every random choice.
     """
 
@@ -53,7 +56,7 @@ class Tuning:
     window: int = 256
     learning_rate: float = 3e-4
     heldout: float = 0.05
-    heldout_from: Literal["documents", "end"] = "documents"
+    heldout_from: Literal["documents", "end"] = "end"
     seed: int = 0
 
     def recipe(self, model: Checkpoint, objective: Mapping[str, Any], name: str) -> TrainRecipe:
@@ -86,15 +89,43 @@ class Tuning:
 def tune(recipe: TrainRecipe, out: Path) -> Checkpoint:
     """Carry a recipe out in OUT, going on where it was stopped; OUT/recipe.yaml is for `danlu train`, too.
 
-    Raises DanluError where OUT holds a run of another recipe, or the run was stopped by Ctrl-C before its end: the same
-    command goes on.
+    Raises DanluError where OUT holds a run of another recipe, the text is too short, or the run was stopped by Ctrl-C
+    before its end: the same command goes on.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    keep_to(out / RECIPE, yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True))
+    with beginning(out):
+        keep_to(out / RECIPE, yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True))
+        prepare(recipe, out)
     done = start(recipe, out, plan=None, steps=None)
     if "model" not in done:
         raise DanluError("was stopped", where=out, fix="the same command goes on")
     return Checkpoint.open(done["model"])
+
+
+@contextmanager
+def beginning(out: Path) -> Iterator[None]:
+    """A directory in which something is begun; where that fails, what it had put there is gone.
+
+    So other settings, which may be right, are not refused for the sake of those that were wrong.
+    """
+    there = set(out.iterdir()) if out.is_dir() else None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for place in set(out.iterdir() if out.is_dir() else ()) - (there or set()):
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
+        if there is None and out.is_dir():
+            out.rmdir()
+        raise
+
+
+def prepare(recipe: TrainRecipe, out: Path) -> None:
+    """Read a recipe's text into OUT, where its run finds it.
+
+    Raises DanluError where it cannot be read, or does not fill a row to learn from and rows to measure on.
+    """
+    heldout_rows(recipe, out)
+    make_task(recipe, out).stream(Mesh())
 
 
 def keep_to(file: Path, text: str) -> None:

@@ -92,7 +92,8 @@ def allot(
 ) -> dict[str, int]:
     """The rank of each matrix, so that together they have at most `share` of the numbers; 0 for one that stays whole.
 
-    Every rank that is kept brings more loss a number than every one that is not, as far as that is known.
+    The share must be one that can be had; see `check_share`. Every rank that is kept brings more loss a number than
+    every one that is not, as far as that is known.
 
     Args:
         spectra: fp32 [n], what is lost without each rank, descending.
@@ -113,11 +114,16 @@ def allot(
     for _ in range(60):
         middle = (low * high) ** 0.5 if low else high / 1e6
         low, high = (low, middle) if numbers(ranks(middle), shapes) <= budget else (middle, high)
-    found = ranks(high)
-    if numbers(found, shapes) > budget:
-        least = numbers(dict.fromkeys(spectra, 1), shapes) / numbers(dict.fromkeys(spectra, 0), shapes)
-        raise DanluError(f"a share of {share:g} is too little: rank 1 takes {least:.3g}", where="--share")
-    return found
+    return ranks(high)
+
+
+def check_share(share: float, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise DanluError where matrices of these outputs and inputs have more than a share of their numbers at rank 1."""
+    thinnest = {name: int(sum(shape) < shape[0] * shape[1]) for name, shape in shapes.items()}
+    least = numbers(thinnest, shapes) / numbers(dict.fromkeys(shapes, 0), shapes)
+    if share < least:
+        what = f"a share of {share:.4g} is too little: matrices of rank 1 have {least:.4g} of the numbers"
+        raise DanluError(what, where="--share", fix=f"ask for more than {least:.2%}, say 80%")
 
 
 def numbers(ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> int:
@@ -153,10 +159,11 @@ def lower_rank(
         raise DanluError(f"a share of {share:g} of the numbers cannot be kept", where="--share", fix="say 0.8, or 80%")
     if checkpoint.config.experts is not None:
         raise DanluError("experts see different tokens, and are no matrices of their own", where=checkpoint.path)
-    rows = calibration_rows(checkpoint, calibration, tokens)
-    making = Making("lowrank", "compress/low_rank/matrices", {"share": share, "tokens": tokens}, checkpoint)
     source = Source.of(checkpoint)
     shapes = _shapes(source)
+    check_share(share, shapes)
+    rows = calibration_rows(checkpoint, calibration, tokens)
+    making = Making("lowrank", "compress/low_rank/matrices", {"share": share, "tokens": tokens}, checkpoint)
     with workplace(out) as folder, torch.inference_mode():
         spectra, cut = _spectra(source, rows, Shelf.at(folder / "cut"))
         worth = _worth(checkpoint, rows, spectra, cut)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import gguf
+import torch
+from torch import Tensor
 
 from danlu.compress.quantizing.formats.known import FORMATS, Format, fitting, format_of
 from danlu.errors import DanluError, nearest
@@ -13,19 +16,20 @@ from danlu.gguf_header import read_header
 from danlu.model.checkpoint import Checkpoint
 from danlu.model.config import ModelConfig
 from danlu.model.families.known import family_for
-from danlu.model.gguf import EXACT
+from danlu.model.gguf import EXACT, Packed, told_bytes
 from danlu.model.stored import without_memory
 
 END = "q6_k"  # of the head, where one type is asked for: its errors reach the probabilities directly
 PLAIN = "f32"
 
 
-def matrices(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+def matrices(checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:
     """Names in the model and shapes of all that can be rounded: vectors, routers, learned positions stay fp32."""
     return matrices_of(checkpoint.config)
 
 
-def matrices_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+@lru_cache(maxsize=16)  # a search asks several times of each shape
+def matrices_of(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """The same of a model that need not be there."""
     names = family_for(config).gguf_names
     shapes = {name: tuple(weight.shape) for name, weight in without_memory(config).state_dict().items()}
@@ -36,14 +40,13 @@ def matrices_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def head_of(names: Mapping[str, object]) -> str:
+def head_of(names: Collection[str]) -> str:
     """The matrix that logits are made with: the embedding's own, where the head has none."""
     return "head.weight" if "head.weight" in names else "embedding.tokens.weight"
 
 
-def one_type(checkpoint: Checkpoint, type: str) -> dict[str, str]:
+def one_type(names: Collection[str], type: str) -> dict[str, str]:
     """Every matrix in one type, but for the head, which gets Q6_K."""
-    names = matrices(checkpoint)
     return {name: END if name == head_of(names) else type for name in names}
 
 
@@ -66,8 +69,8 @@ def types_of(path: Path, checkpoint: Checkpoint) -> dict[str, str]:
     return {name: found[name] for name in wanted}
 
 
-def formats_for(checkpoint: Checkpoint, types: str | Mapping[str, str]) -> Iterator[tuple[str, str, Format | None]]:
-    """Each matrix, the type it was asked for, and the format it gets; None for fp32.
+def formats_for(config: ModelConfig, types: str | Mapping[str, str]) -> Iterator[tuple[str, str, Format | None]]:
+    """Each matrix of a model, the type it was asked for, and the format it gets; None for fp32.
 
     Args:
         types: one type for all (see `one_type`), or one for each matrix by its name in the model; f32 is one too.
@@ -75,8 +78,8 @@ def formats_for(checkpoint: Checkpoint, types: str | Mapping[str, str]) -> Itera
     A format whose blocks the rows do not fill is replaced as llama.cpp does (formats/known.py), or by fp32.
     Raises DanluError for a type or a matrix that is not known, and where a matrix is left out.
     """
-    shapes = matrices(checkpoint)
-    asked = one_type(checkpoint, types) if isinstance(types, str) else types
+    shapes = matrices_of(config)
+    asked = one_type(shapes, types) if isinstance(types, str) else types
     for name in asked:
         if name not in shapes:
             close = nearest(name, list(shapes))
@@ -90,3 +93,26 @@ def formats_for(checkpoint: Checkpoint, types: str | Mapping[str, str]) -> Itera
             raise DanluError(f"no type is given for {name}", where="types", fix=f"one of {PLAIN}, {', '.join(FORMATS)}")
         type = asked[name].lower()
         yield name, type, None if type == PLAIN else fitting(format_of(type), shape[-1])
+
+
+def file_bytes(config: ModelConfig, types: str | Mapping[str, str], keys: int) -> int:
+    """The size of the GGUF file that a model is rounded into, told before it is made.
+
+    Args:
+        types: as of `formats_for`.
+        keys: what the file's keys take, the words among them; see `danlu.model.gguf.keys_bytes`.
+
+    Raises DanluError as `formats_for`, and where GGUF has no name for a weight.
+    """
+    forms = {name: form for name, _, form in formats_for(config, types)}
+    weights = without_memory(config).state_dict()
+    return told_bytes(config, {name: _rounded(weight, forms.get(name)) for name, weight in weights.items()}, keys)
+
+
+def _rounded(weight: Tensor, form: Format | None) -> Tensor | Packed:
+    """A weight without memory in a format."""
+    if form is None:
+        return weight
+    block, size = gguf.GGML_QUANT_SIZES[form.kind]
+    bytes_of = (*weight.shape[:-1], weight.shape[-1] // block * size)
+    return Packed(form.kind, torch.empty(bytes_of, dtype=torch.uint8, device="meta"))

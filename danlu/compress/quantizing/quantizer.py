@@ -29,7 +29,7 @@ from danlu.compress.quantizing.spool import Spool
 from danlu.console import progress, say
 from danlu.errors import DanluError
 from danlu.model.checkpoint import Checkpoint
-from danlu.model.gguf import write_weights
+from danlu.model.gguf import all_metadata, write_weights
 from danlu.train.precision import choose_precision
 
 ROW = 512  # calibration tokens of a row
@@ -102,7 +102,8 @@ def quantize_model(
     """
     if rank and steps < 2:
         raise DanluError("adapters learn in the first half of the steps of tuning", where="--lora", fix="--tune 40")
-    plan = {name: (asked, form) for name, asked, form in formats_for(checkpoint, types)}
+    plan = {name: (asked, form) for name, asked, form in formats_for(checkpoint.config, types)}
+    all_metadata(checkpoint.config, checkpoint.tokenizer)  # refuses now what could not be written in the end
     rows = calibration_rows(checkpoint, calibration, tokens)
     check_parent(out)
     config = checkpoint.config

@@ -91,7 +91,8 @@ class TextTask:
         count = min(self.settings.validation.rows, int(whole)) // rows
         if not count:
             what = f"a measurement needs {rows} rows, as many as a step, and the held-out text has {int(whole)}"
-            raise DanluError(what, where="validation.rows", fix="hold out more, or lower batch.rows")
+            fix = "add text, hold out more of it, or lower batch.rows (--rows of a command)"
+            raise DanluError(what, where="validation.rows", fix=fix)
         stream = self._corrupted(self._mixed(mesh, crops, rows), mesh.reader)
         return (stream.batch(step) for step in range(count))
 

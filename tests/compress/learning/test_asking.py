@@ -419,6 +419,16 @@ def test_servers_that_cannot_teach(answer: Answer, why: str, cut: Checkpoint, ho
     assert not list(tmp_path.glob("teacher-*"))
 
 
+def test_a_server_that_refuses_binds_nobody_to_what_it_was_asked(cut: Checkpoint, home: Path, tmp_path: Path) -> None:
+    def answer(body: dict[str, Any]) -> tuple[int, Any]:
+        return refusal(400, f"logprobs: at most 5, not {body['logprobs']}")
+
+    for most in (20, 10):
+        with server(answer) as (url, _), pytest.raises(DanluError, match=f"at most 5, not {most}"):
+            distill_from(cut, Endpoint(url), tuning(home, 1), Teaching(), tmp_path / "out", most, False)
+        assert not (tmp_path / "out").exists()
+
+
 def test_failures_are_tried_again_and_the_key_goes_along(
     cut: Checkpoint, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from danlu.compress.learning.distill import Teaching, distill
 from danlu.compress.learning.early_exit import Guessing, _Halves, write_early
 from danlu.compress.learning.exits import GUESSES, TABLE, tune_exits
 from danlu.compress.learning.tuning import RECIPE, Tuning
+from danlu.compress.pruning.structured import Shape, shrink
 from danlu.errors import DanluError
 from danlu.model.checkpoint import Checkpoint, save_checkpoint
 from danlu.model.generate import generate
@@ -100,6 +103,39 @@ def test_a_narrow_student_goes_on_exactly_where_it_was_stopped(home: Path, base:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.soak  # a minute of training
+def test_shakespeare_without_three_of_four_layers_is_learned_again(
+    real_data: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """On a model that has learned real text, which it had not by heart."""
+    text = real_data("tinyshakespeare.txt.gz")
+    small = Small(layers=4, width=96, heads=4, kv_heads=2, channels=256, context=64)
+    base = train_small(
+        small, text, 400, tmp_path / "base", vocabulary={"kind": "characters", "special": []},
+        batch={"rows": 12, "window": 64}, optimizer={"learning_rate": 4e-3, "clip": 1.0},
+        schedule={"kind": "linear", "warmup": 0.05, "final_share": 0.0},
+    )  # fmt: skip
+    whole, plain = Checkpoint.open(base), gzip.decompress(text.read_bytes()).decode("utf-8")
+    cut = shrink(whole, Shape(layers=1), plain[:50_000], tmp_path / "cut")
+    asked = Tuning((str(text),), 120, rows=12, window=64, learning_rate=2e-3, heldout=0.1)
+    made = distill(Checkpoint.open(cut.path), whole, asked, Teaching(), tmp_path / "out")
+    assert made.teacher is not None and made.teacher.mean < 2.2, "it has learned"
+    assert made.before.mean > 1.1 * made.teacher.mean, "the layers mattered"
+    assert made.before.change(made.after)["high"] < -0.08
+    assert made.after.mean - made.teacher.mean < 0.5 * (made.before.mean - made.teacher.mean)
+
+
+def test_what_was_not_begun_leaves_a_directory_as_it_was(home: Path, base: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(DanluError, match="nothing could be held out of 1 texts") as problem:
+        distill(base, base, replace(tuning(home, 1), heldout_from="documents"), Teaching(), tmp_path)
+    assert "--heldout-from end" in str(problem.value)
+    with pytest.raises(DanluError, match="a measurement needs 9000 rows"):
+        distill(base, base, replace(tuning(home, 1), rows=9000), Teaching(), tmp_path)
+    assert [place.name for place in tmp_path.iterdir()] == ["notes.txt"]
+    distill(base, base, tuning(home, 1), Teaching(), tmp_path)
+
+
 def test_the_recipe_beside_a_run_is_one_of_danlu_train(home: Path, base: Checkpoint, tmp_path: Path) -> None:
     made = distill(base, base, tuning(home, 1), Teaching(share=1.0), tmp_path)
     assert losses(tmp_path) == [pytest.approx(0.0, abs=1e-3)]  # a teacher that agrees leaves nothing to learn
@@ -178,6 +214,16 @@ def test_exits_are_learned_and_measured(home: Path, base: Checkpoint, tmp_path: 
     assert card["figures"]["faster"]["value"] == faster[0] and card["inputs"] == {"model": base.digest}
     assert [each["faster"] for each in json.loads((tmp_path / TABLE).read_text())] == faster
     assert card["figures"]["loss_change"]["value"] < 0.05  # the end still answers as well
+    # Every setting stands on the card, with what answering there without a check costs.
+    assert set(card["figures"]["exits"]) == {"behind_1", "behind_2"}
+    for each in made.settings:
+        about = card["figures"]["exits"][f"behind_{each.exit}"]
+        assert about["loss"]["low"] < about["loss"]["value"] == each.loss < about["loss"]["high"]
+        assert about["loss_change"]["value"] == pytest.approx(each.loss / made.loss - 1, abs=1e-6)
+        told = about[f"guesses_{each.guesses}_sure_{each.sure:g}"]
+        assert told["faster"]["low"] <= told["faster"]["value"] == each.faster <= told["faster"]["high"]
+        assert told["kept_share"]["value"] == each.kept_share
+        assert told["same"]["low"] < told["same"]["value"] == told["same"]["high"] == 1.0
 
 
 @pytest.mark.parametrize("layer", [4, 0])

@@ -11,7 +11,7 @@ from torch import nn
 from danlu.compress.compensate import DAMPING
 from danlu.compress.low_rank import matrices
 from danlu.compress.low_rank.convolutions import Way, convolution_numbers, decompose
-from danlu.compress.low_rank.matrices import Factored, allot, load_factored, lower_rank, numbers, spectrum
+from danlu.compress.low_rank.matrices import Factored, allot, check_share, load_factored, lower_rank, numbers, spectrum
 from danlu.errors import DanluError
 from danlu.model.checkpoint import Checkpoint
 from tests.compress.short import OTHER, TEXT, divergence
@@ -45,8 +45,12 @@ def test_ranks_go_where_they_are_worth_most_and_keep_to_the_budget() -> None:
         ranks = allot(spectra, shapes, {"flat": 1.0, "steep": 1.0, "dear": 100.0}, share)
         assert numbers(ranks, shapes) <= share * sum(high * wide for high, wide in shapes.values())
         assert (ranks["dear"] or 99) > (ranks["steep"] or 99) or ranks["dear"] == ranks["steep"] == 0
-    with pytest.raises(DanluError, match="rank 1 takes"):
-        allot(spectra, shapes, dict.fromkeys(shapes, 1.0), 0.01)
+    least = (40 + 20 + 2 * (20 + 30)) / (40 * 20 + 2 * 20 * 30)
+    check_share(least, shapes)
+    assert allot(spectra, shapes, dict.fromkeys(shapes, 1.0), least) == dict.fromkeys(shapes, 1)
+    with pytest.raises(DanluError, match=r"too little: matrices of rank 1 have 0\.08 of the numbers"):
+        check_share(least - 1e-6, shapes)
+    check_share(0.99999, {"a row": (1, 30)} | shapes)  # which rank 1 would only make larger
 
 
 def test_a_real_model_is_nearer_than_by_a_plain_svd_and_comes_back(
@@ -78,7 +82,14 @@ def test_a_real_model_is_nearer_than_by_a_plain_svd_and_comes_back(
     assert losses[-1] < losses[0], "thin matrices learn"
 
 
-def test_what_cannot_be_made_thin_is_said(short: Checkpoint, tmp_path: Path) -> None:
+def test_what_cannot_be_made_thin_is_said(short: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("nothing must be read or computed")
+
+    monkeypatch.setattr(matrices, "calibration_rows", never)
+    with pytest.raises(DanluError, match="matrices of rank 1 have") as problem:
+        lower_rank(short, 0.001, TEXT, tmp_path / "thin")
+    assert "say 80%" in str(problem.value) and not list(tmp_path.iterdir())
     with pytest.raises(DanluError, match="share of 1"):
         lower_rank(short, 1.0, TEXT, tmp_path / "thin")
     with pytest.raises(DanluError, match="no model of low rank"):

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.small_models import Small, train_small
 from danlu.compress.apart import check_apart, shared
+from danlu.compress.quantizing import quantizer
 from danlu.compress.quantizing.one_file import quantize_file
 from danlu.compress.quantizing.quantizer import read_text
 from danlu.errors import DanluError
@@ -43,6 +45,21 @@ def test_a_card_says_what_it_was_made_from_and_what_was_measured(tiny_model: Pat
     with pytest.raises(DanluError, match="more than 512 are needed"):
         quantize_file(tiny_model, "q8_0", None, text, heldout, tmp_path / "never.gguf", 4096, 0)
     assert set(tmp_path.iterdir()) == before
+
+
+def test_words_that_no_file_can_hold_are_refused_before_anything_is_rounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("nothing must be rounded")
+
+    monkeypatch.setattr(quantizer, "round_blocks", never)
+    (tmp_path / "text.txt").write_text(WHOLE[:60_000], encoding="utf-8")
+    small = Small(layers=1, width=32, heads=2, kv_heads=1, channels=32, context=64)
+    base = train_small(small, tmp_path / "text.txt", 1, tmp_path / "base", vocabulary="bytes")
+    with pytest.raises(DanluError, match="reads no vocabulary without merges"):
+        quantize_file(base, "q4_0", None, tmp_path / "text.txt", None, tmp_path / "out.gguf", 4096, 0)
+    assert not (tmp_path / "out.gguf").exists()
 
 
 def test_a_damaged_file_is_told_as_such(tiny_model: Path, tmp_path: Path) -> None:
