@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from danlu.errors import DanluError
-from danlu.model.checkpoint import save_checkpoint
+from danlu.model.checkpoint import check_place, save_checkpoint
 from danlu.model.transformer import make_model
 from danlu.train.loop import BUFFER
 from danlu.train.recipe import TrainRecipe
@@ -36,12 +36,13 @@ def export(run: Path, out: Path, step: int | None = None, averaged: bool | None 
 
     Args:
         run: the run's directory.
-        out: the directory to write; one that stands there is replaced once the new one is whole.
+        out: the directory to write; a model that stands there is replaced once the new one is whole.
         step: which checkpoint; by default the newest whole one.
         averaged: the running average of the weights; by default where there is one.
 
-    Raises DanluError where there is no such checkpoint, or no average.
+    Raises DanluError where there is no such checkpoint, or no average, or `out` holds something else than a model.
     """
+    check_place(out)
     saved = open_checkpoint(run / CHECKPOINTS, step)
     if saved is None or not (run / RECIPE).is_file():
         raise DanluError("holds no checkpoint of a training run", where=run, fix="name the directory of `danlu train`")

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from typer.testing import CliRunner
 
+from danlu.cli import app
 from danlu.train.compiling import can_compile
 from tests.train.tiny_run import command, environment, here, metrics, newest, run, write_recipe
 
@@ -35,11 +37,13 @@ def test_it_trains_resumes_with_another_plan_and_exports(recipe: Path, tmp_path:
     for mine, expected in zip(metrics(tmp_path / "two"), lines, strict=True):
         assert mine["batch"] == expected["batch"] and abs(mine["loss"] - expected["loss"]) < 1e-5
 
-    one, two = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("one", "two"))
+    ours, theirs = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("one", "two")
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "two" / "model")
     ids = torch.tensor([tokenizer("the furnace 丹炉")["input_ids"]])
     with torch.no_grad():
-        torch.testing.assert_close(one(ids).logits, two(ids).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=1e-4)
 
     listed = subprocess.run(
         [sys.executable, "-m", "danlu", "checkpoint", "verify", str(tmp_path / "two"), "--json"],
@@ -48,6 +52,12 @@ def test_it_trains_resumes_with_another_plan_and_exports(recipe: Path, tmp_path:
         check=True,
     )
     assert [facts["step"] for facts in json.loads(listed.stdout)] == [10, 12]
+
+    two = tmp_path / "two"  # an export never stands where a run does
+    said = CliRunner().invoke(app, ["checkpoint", "export", str(two), "--out", str(two)], prog_name="danlu")
+    assert said.exit_code == 2 and "would be lost" in said.output and newest(two) == 12
+    (two / "model" / "thesis.txt").write_text("years of work")
+    assert "would be lost: thesis.txt" in here(recipe, two, code=2)
 
 
 @pytest.mark.parametrize(
