@@ -18,6 +18,11 @@ from typer.testing import CliRunner
 
 from danlu.cli import app
 from danlu.train.compiling import can_compile
+from danlu.train.recipe import TrainRecipe
+from danlu.train.state import open_checkpoint
+from danlu.train.tasks.shape import model_config
+from danlu.train.tasks.task import make_task
+from danlu.train.worker import load_model
 from tests.train.tiny_run import command, environment, here, metrics, newest, run, write_recipe
 
 
@@ -147,6 +152,24 @@ def test_a_job_file_carries_the_command(kind: str, holds: str, recipe: Path, tmp
     assert not list(tmp_path.iterdir())
 
 
+FROZEN = ("--set", "optimizer.frozen=[blocks.0.*, embedding.*]")
+
+
+@pytest.mark.parametrize("words", [(), ("--set", "precision=bf16"), ("--nproc", "2", "--plan", "shard=2")])
+def test_frozen_weights_stay_as_they_started(words: tuple[str, ...], recipe: Path, tmp_path: Path) -> None:
+    if "--nproc" in words:
+        run(recipe, tmp_path, *FROZEN, *words, "--steps", "2")
+    else:
+        for steps in ("1", "2"):  # what a checkpoint holds is complete
+            here(recipe, tmp_path, *FROZEN, *words, "--steps", steps)
+    settings = TrainRecipe.model_validate_json((tmp_path / "recipe.json").read_text())
+    _, makers = load_model(settings, model_config(settings, make_task(settings, tmp_path)))
+    saved = open_checkpoint(tmp_path / "checkpoints", 2)
+    assert saved is not None
+    kept = {name for name, make in makers.items() if torch.equal(saved.read(f"master.{name}"), make())}
+    assert kept == {name for name in makers if name.startswith(("blocks.0.", "embedding."))}
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -156,6 +179,8 @@ def test_a_job_file_carries_the_command(kind: str, holds: str, recipe: Path, tmp
         (("--set", "model.architecture=Llama"), ["the architecture Llama is not known"]),
         (("--set", "optimizer.momentum=0.9"), ["momentum has no effect where name is adamw"]),
         (("--set", "data.heldout=0.9999"), ["fewer than a window"]),
+        (("--set", "optimizer.frozen=[zzz]"), ["no weight that learns is named like zzz", "optimizer.frozen"]),
+        (("--set", "optimizer.frozen=['*']"), ["nothing is left to learn"]),
     ],
     ids=lambda value: " ".join(value[-1:]) if isinstance(value, tuple) else "",
 )
