@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from danlu.errors import DanluError
 from danlu.plan.plan import Plan, Work, check
 from danlu.plan.search import Asked, Choice, NoPlan, given, room, search, smallest
 from danlu.train.forecast import ask, cluster_here, resting, uncounted
+from danlu.train.notes import read_note
 from danlu.train.precision import Precision
 from danlu.train.recipe import TrainRecipe
 from danlu.train.recompute import Recompute
@@ -48,10 +48,13 @@ class Chosen:
 
     @classmethod
     def read(cls, home: Path) -> Chosen:
-        """What `write` left in a run's directory."""
-        saved = json.loads((home / NOTE).read_text(encoding="utf-8"))
-        expected = saved["expected"] and Choice(**saved["expected"])
-        return cls(**saved | {"plan": Plan.read(saved["plan"]), "expected": expected})
+        """What `write` left in a run's directory. Raises DanluError where it is damaged."""
+
+        def made(saved: dict[str, Any]) -> Chosen:
+            expected = saved["expected"] and Choice(**saved["expected"])
+            return cls(**saved | {"plan": Plan.read(saved["plan"]), "expected": expected})
+
+        return read_note(home / NOTE, made, "delete it: checkpoints hold the plan that a run goes on with")
 
     def write(self, home: Path) -> None:
         """Note it in a run's directory."""
