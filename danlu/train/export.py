@@ -10,10 +10,11 @@ import torch
 
 from danlu.errors import DanluError
 from danlu.model.checkpoint import check_place, save_checkpoint
+from danlu.model.scales import fold_scales
 from danlu.model.transformer import make_model
 from danlu.train.loop import BUFFER
 from danlu.train.state import CHECKPOINTS, Saved, open_checkpoint
-from danlu.train.tasks.shape import exported, model_config
+from danlu.train.tasks.shape import exported, model_config, plain_config
 from danlu.train.tasks.task import RECIPE, make_task, noted_recipe
 
 
@@ -51,8 +52,9 @@ def export(run: Path, out: Path, step: int | None = None, averaged: bool | None 
         raise DanluError("the run keeps no average of its weights", where=run, fix="set optimizer.ema in the recipe")
     take = has_average if averaged is None else averaged
     task = make_task(settings, run)
-    model = make_model(exported(model_config(settings, task)))
+    model = make_model(exported(plain_config(settings, task)))
     _fill(model, saved, "average." if take else "master.")
+    fold_scales(model, model_config(settings, task))
     save_checkpoint(model, task.tokenizer, out)
     return Exported(out, saved.step, take)
 

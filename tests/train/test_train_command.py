@@ -17,6 +17,7 @@ import transformers
 from typer.testing import CliRunner
 
 from danlu.cli import app
+from danlu.model.transformer import make_model
 from danlu.train.compiling import can_compile
 from danlu.train.recipe import TrainRecipe
 from danlu.train.state import open_checkpoint
@@ -101,6 +102,19 @@ def test_other_objectives_train_other_families(
     loads.from_pretrained(tmp_path / "model")
 
 
+def test_a_mup_model_is_saved_as_it_was_trained(recipe: Path, tmp_path: Path) -> None:
+    here(recipe, tmp_path, "--set", "model.start=mup", "--set", "optimizer.mup_base_width=16", "--steps", "3")
+    settings = TrainRecipe.model_validate_json((tmp_path / "recipe.json").read_text())
+    trained = make_model(model_config(settings, make_task(settings, tmp_path)))
+    saved = open_checkpoint(tmp_path / "checkpoints", 3)
+    assert saved is not None
+    trained.load_state_dict({name: saved.read(f"master.{name}") for name in trained.state_dict()})
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(exported(ids).logits, trained.logits(trained(ids)), rtol=1e-4, atol=1e-4)
+
+
 ROWS = """
 name: rows
 model:
@@ -179,6 +193,10 @@ def test_frozen_weights_stay_as_they_started(words: tuple[str, ...], recipe: Pat
         (("--set", "model.architecture=Llama"), ["the architecture Llama is not known"]),
         (("--set", "optimizer.momentum=0.9"), ["momentum has no effect where name is adamw"]),
         (("--set", "data.heldout=0.9999"), ["fewer than a window"]),
+        (
+            ("--set", "model.start=mup", "--set", "model.architecture=Gemma3ForCausalLM"),
+            ["model.start: such a model could not be saved", "take another start"],
+        ),
         (("--set", "optimizer.frozen=[zzz]"), ["no weight that learns is named like zzz", "optimizer.frozen"]),
         (("--set", "optimizer.frozen=['*']"), ["nothing is left to learn"]),
     ],

@@ -13,6 +13,7 @@ from danlu.model.config import AnyConfig, EncoderDecoderConfig, ModelConfig
 from danlu.model.families.family import Family
 from danlu.model.families.known import FAMILIES, family_of
 from danlu.model.initialize import mup_config
+from danlu.model.scales import check_scales
 from danlu.model.stored import Make
 from danlu.model.transformer import Model
 from danlu.tokenizer import Tokenizer
@@ -47,8 +48,19 @@ class Shaping(Protocol):
 def model_config(settings: TrainRecipe, task: Shaping) -> AnyConfig:
     """The shape of the model that learns.
 
-    Raises DanluError where the architecture has another head than the task needs, or the base lacks words.
+    Raises DanluError where the architecture has another head than the task needs, the base lacks words, or the model
+    could not be saved.
     """
+    config = plain_config(settings, task)
+    if settings.model.start != "mup" or settings.model.base is not None:
+        return config
+    scaled = mup_config(config)
+    check_scales(exported(config), scaled)
+    return scaled
+
+
+def plain_config(settings: TrainRecipe, task: Shaping) -> AnyConfig:
+    """The same without muP's scales, which Hugging Face has no words for. Errors: see `model_config`."""
     chosen = settings.model
     if chosen.base is not None:
         config = _with_head(StoredModel.open(chosen.base), task)
@@ -57,14 +69,11 @@ def model_config(settings: TrainRecipe, task: Shaping) -> AnyConfig:
         config = family_of(keys, Path("model.architecture")).config(keys, Path("model.shape"))
     _check(config, task, settings)
     if isinstance(config, ModelConfig):
-        config = with_dropout(settings, config)
-    elif isinstance(config, EncoderDecoderConfig):
-        config = replace(
-            config,
-            encoder=with_dropout(settings, config.encoder),
-            decoder=with_dropout(settings, config.decoder),
-        )
-    return mup_config(config) if chosen.start == "mup" and chosen.base is None else config
+        return with_dropout(settings, config)
+    if isinstance(config, EncoderDecoderConfig):
+        encoder, decoder = (with_dropout(settings, stack) for stack in (config.encoder, config.decoder))
+        return replace(config, encoder=encoder, decoder=decoder)
+    return config
 
 
 def exported(config: AnyConfig) -> AnyConfig:
