@@ -185,6 +185,14 @@ class BatchSettings(Settings):
         " (objectives that learn from rows)",
     )
 
+    @model_validator(mode="after")
+    def _windows_fill_a_step(self) -> BatchSettings:
+        tokens = self.rows * self.window
+        for _, window in self.growing:
+            if window < 1 or tokens % window:
+                raise ValueError(f"growing: {tokens:,} tokens a step cannot be cut into windows of {window:,}")
+        return self
+
 
 class CheckpointSettings(Settings):
     """What is kept to resume from."""

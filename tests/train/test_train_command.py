@@ -194,6 +194,17 @@ def test_frozen_weights_stay_as_they_started(words: tuple[str, ...], recipe: Pat
         (("--set", "optimizer.momentum=0.9"), ["momentum has no effect where name is adamw"]),
         (("--set", "data.heldout=0.9999"), ["fewer than a window"]),
         (
+            ("--nproc", "2", "--plan", "pipeline=2,micro_batches=2", "--set", "batch.growing=[[0, 16], [2, 32]]"),
+            ["batch.growing: plan pipeline=2,micro_batches=2 cannot", "pipeline=2 takes windows of one length"],
+        ),
+        (
+            ("--nproc", "2", "--plan", "context=2", "--set", "batch.growing=[[0, 2], [2, 32]]"),
+            ["batch.growing: plan context=2", "in windows of 2 tokens, rows of 2 tokens cannot be cut"],
+        ),
+        (("--set", "batch.growing=[[0, 0], [2, 32]]"), ["256 tokens a step cannot be cut into windows of 0"]),
+        (("--set", "batch.window=64"), ["batch.window: windows of 64 tokens are longer than the model's context"]),
+        (("--set", "batch.growing=[[0, 16], [2, 64]]"), ["batch.growing: windows of 64 tokens are longer"]),
+        (
             ("--set", "model.start=mup", "--set", "model.architecture=Gemma3ForCausalLM"),
             ["model.start: such a model could not be saved", "take another start"],
         ),

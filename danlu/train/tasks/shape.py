@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from danlu.console import say
+from danlu.data.rows_settings import RowsSettings
 from danlu.errors import DanluError
 from danlu.model.checkpoint import StoredModel
-from danlu.model.config import AnyConfig, EncoderDecoderConfig, ModelConfig
+from danlu.model.config import AnyConfig, EncoderDecoderConfig, ModelConfig, Relative
 from danlu.model.families.family import Family
 from danlu.model.families.known import FAMILIES, family_of
 from danlu.model.initialize import mup_config
 from danlu.model.scales import check_scales
-from danlu.model.stored import Make
+from danlu.model.stored import Make, stacks
 from danlu.model.transformer import Model
 from danlu.tokenizer import Tokenizer
 from danlu.train.recipe import TrainRecipe
@@ -139,10 +140,24 @@ def _check(config: AnyConfig, task: Shaping, settings: TrainRecipe) -> None:
     if isinstance(config, ModelConfig) and (config.head is None or config.head.task != task.head):
         ending = ENDINGS.get(task.head, "ForMaskedLM or ForCausalLM")
         raise DanluError(f"{kind} needs a model with a head of {task.head}", where="model", fix=f"one of ...{ending}")
+    _check_windows(config, settings)
     stack = config.decoder if isinstance(config, EncoderDecoderConfig) else config
     if isinstance(stack, ModelConfig) and task.tokenizer.vocab_size > stack.vocab_size:
         what = f"the vocabulary has {task.tokenizer.vocab_size:,} tokens, and the model words for {stack.vocab_size:,}"
         raise DanluError(what, where="data.vocabulary", fix="use the base's own: {kind: from, base: THE BASE}")
+
+
+def _check_windows(config: AnyConfig, settings: TrainRecipe) -> None:
+    """Of text alone a length is set that all rows have; those with labels may be shorter than their limit."""
+    if isinstance(settings.data, RowsSettings):
+        return
+    batch = settings.batch
+    named = [("batch.window", batch.window), *(("batch.growing", window) for _, window in batch.growing)]
+    for stack in stacks(config):
+        for name, window in named:
+            if window > stack.context and not isinstance(stack.positions, Relative):
+                what = f"windows of {window} tokens are longer than the model's context of {stack.context}"
+                raise DanluError(what, where=name, fix="lower it, or give the model a longer context")
 
 
 def with_dropout(settings: TrainRecipe, config: ModelConfig) -> ModelConfig:
