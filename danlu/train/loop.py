@@ -175,7 +175,7 @@ class Run:
         stream: what to learn from.
         steps: how many to do in all.
         seed: decides dropout and other chance in the model.
-        checkpoints: where the state is kept; `checkpoint_steps` apart.
+        checkpoints: where the state is kept, `checkpoint_steps` apart; where the best are, at each validation as well.
         out: gets metrics.jsonl and tensorboard/, from the first process.
         identity: JSON-able; what a checkpoint must have been made with to be resumed (model, data, batch, optimizer).
         validation, guard: None for none.
@@ -336,7 +336,8 @@ def _go_on(run: Run, done: int, noted: Progress) -> Done:
                 tick.advance(1, f"loss {record.loss:.3f}, {record.tokens_per_second:,.0f} token/s")
             if stop:
                 why = "stopped"
-            if done % run.checkpoint_steps == 0 or done == run.steps or why != "finished":
+            scored = run.checkpoints.keep_best > 0 and record.validation is not None
+            if done % run.checkpoint_steps == 0 or scored or done == run.steps or why != "finished":
                 with run.replica.clock.phase("checkpoint"):
                     _save(run, done, noted, record.validation)
                 saved = done

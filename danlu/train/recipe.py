@@ -199,7 +199,12 @@ class CheckpointSettings(Settings):
 
     every: int = Field(100, gt=0, description="steps between checkpoints")
     last: int = Field(2, gt=0, description="how many of the last are kept")
-    best: int = Field(0, ge=0, description="how many of those with the lowest validation loss are kept besides")
+    best: int = Field(
+        0,
+        ge=0,
+        description="how many of those with the lowest validation loss are kept besides; then one is made at each"
+        " measurement, too",
+    )
     background: bool = Field(
         True, description="write while training goes on, from a copy in memory; off: without the copy, standing still"
     )

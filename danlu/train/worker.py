@@ -224,6 +224,10 @@ def make_run(
 ) -> Run:
     """Everything that the run is made of, on this process."""
     optimizing, dtype, apart = settings.optimizer, precision.dtype, settings.apart
+    stream = task.stream(mesh if apart is None else share_rows(mesh, apart))
+    measures = task.heldout(mesh) is not None
+    if not measures:
+        _check_unmeasured(settings)
     offload = Offload.start(settings.offload, home / "offload", mesh.device)
     with offload.making_weights():
         model, makers = load_model(settings, config)
@@ -265,7 +269,7 @@ def make_run(
     return Run(
         replica,
         [Turn(local or optimizer, schedule.rate, optimizing.clip, average, scale)],
-        task.stream(mesh if apart is None else share_rows(mesh, apart)),
+        stream,
         steps=steps,
         seed=settings.seed if apart is None else settings.seed * apart.workers + apart.worker,
         checkpoints=Checkpoints(
@@ -296,7 +300,7 @@ def make_run(
             (schedule.state, schedule.load),
             lambda: task.quality(replica),
         )
-        if task.heldout(mesh) is not None
+        if measures
         else None,
         guard=Guard(settings.guard, home),
         stopping=lambda: rank.stopping.asked,
@@ -305,6 +309,19 @@ def make_run(
         flops=flops,
         ceiling=gemm_rate(dtype, device=mesh.device.type) * 1e9,
     )
+
+
+def _check_unmeasured(settings: TrainRecipe) -> None:
+    """Raise DanluError where a setting speaks of validations, and nothing is held out to measure on."""
+    without_effect = {
+        "schedule.kind plateau": settings.schedule.kind == "plateau",
+        "validation.patience": settings.validation.patience is not None,
+        "checkpoints.best": settings.checkpoints.best > 0,
+    }
+    for name, is_set in without_effect.items():
+        if is_set:
+            fix = "hold some out (data.heldout), or leave it out"
+            raise DanluError(f"{name} has no effect, since nothing is held out to measure on", where="data", fix=fix)
 
 
 def load_model(settings: TrainRecipe, config: AnyConfig) -> tuple[Model, dict[str, Make]]:

@@ -87,3 +87,17 @@ def test_what_may_change_is_noted_where_a_run_goes_on(tmp_path: Path) -> None:
     here(tmp_path / "rows.yaml", tmp_path / "run", *words)
     here(tmp_path / "rows.yaml", tmp_path / "run", *words, "--set", "test.rows=5")
     assert json.loads((tmp_path / "run" / "recipe.json").read_text())["test"]["rows"] == 5
+
+
+def test_the_best_are_kept_wherever_they_are_measured(recipe: Path, tmp_path: Path) -> None:
+    words = (
+        "checkpoints={every: 100, last: 1, best: 2}",
+        "validation.every=2",
+        "schedule.warmup=0.99",
+        "optimizer.learning_rate=3",
+    )
+    here(recipe, tmp_path, *(word for setting in words for word in ("--set", setting)))
+    measured = sorted((line["validation"], line["step"]) for line in metrics(tmp_path) if "validation" in line)
+    assert {step for _, step in measured[:2]} != {10, 12}, "the last are not the best"
+    kept = {int(folder.name.split("-")[1]) for folder in (tmp_path / "checkpoints").glob("step-*")}
+    assert kept == {12, *(step for _, step in measured[:2])}
