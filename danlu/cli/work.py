@@ -96,12 +96,19 @@ def train(
         return
     if recipe is None:
         raise DanluError("name a recipe to train", fix="or see all settings:  danlu train --schema")
-    given = {"nproc": nproc, "nodes": nodes, "rendezvous": rendezvous}
+    given: dict[str, object] = {"nproc": nproc, "nodes": nodes, "rendezvous": rendezvous}
     words = [f"launch.{name}={value}" for name, value in given.items() if value is not None]
     read = read_recipe(recipe, [*(overrides or ()), *words], TrainRecipe)
     if job is not None:
         from danlu.train.jobs import JOBS
 
+        given |= {"on": None if on == "here" else on, "json": as_json or None}
+        without_effect = [f"--{name}" for name, value in given.items() if value is not None]
+        if without_effect:
+            what = (
+                f"{', '.join(without_effect)} has no effect on a job file; it says what the recipe's section job does"
+            )
+            raise DanluError(what, where="--job", fix="as in --set job.nodes=3 --set job.gpus=4")
         options = {"--plan": plan, "--steps": steps, "--out": out}
         named = [(name, str(value)) for name, value in options.items() if value is not None]
         set_words = [("--set", override) for override in overrides or ()]

@@ -8,7 +8,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from danlu.console import warn
@@ -19,19 +19,21 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class LabelledText:
-    """A text, or two, and the name of its label."""
+    """A text, or two, and the name of its label; `where` it stands, as file:line."""
 
     text: str
     label: str
     second: str | None = None
+    where: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class TaggedWords:
-    """A sentence word by word (in Chinese, character by character), with a tag for each."""
+    """A sentence word by word (in Chinese, character by character), with a tag for each; `where` it begins."""
 
     words: tuple[str, ...]
     tags: tuple[str, ...]
+    where: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ def read_labelled(file: Path, encoding: str = "utf-8") -> list[LabelledText]:
         label, _, text = line.partition(" ")
         if not label or not text.strip():
             raise DanluError("is no label, a space, and a text", where=f"{file}:{number}")
-        found.append(LabelledText(text, label))
+        found.append(LabelledText(text, label, where=f"{file}:{number}"))
     return found
 
 
@@ -71,7 +73,7 @@ def read_tagged(file: Path, encoding: str = "utf-8") -> list[TaggedWords]:
             raise DanluError("is no word, a tab, and its tag", where=f"{file}:{number}")
         elif open_rows:
             words, tags = zip(*open_rows, strict=True)
-            found.append(TaggedWords(words, tags))
+            found.append(TaggedWords(words, tags, f"{file}:{number - len(words)}"))
             open_rows = []
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -90,7 +90,8 @@ def text_rows(
 
     Raises DanluError where a label has another name, or a text is too long and must not be cut.
     """
-    numbers = _numbers([one.label for one in examples], names)
+    known = _numbered(names)
+    numbers = [_number(one.label, known, one.where) for one in examples]
     return _rows(_encode_examples(tokenizer, examples, limit), np.array(numbers, dtype=np.int64))
 
 
@@ -99,7 +100,7 @@ def value_rows(tokenizer: Tokenizer, examples: Sequence[LabelledText], limit: Li
 
     Raises DanluError where a label is no finite number, or a text is too long and must not be cut.
     """
-    values = np.array([_value(one.label) for one in examples], dtype=np.float32)
+    values = np.array([_value(one) for one in examples], dtype=np.float32)
     return _rows(_encode_examples(tokenizer, examples, limit), values)
 
 
@@ -117,9 +118,9 @@ def tagged_rows(
     Raises DanluError where a tag has another name, or a sentence is too long and must not be cut.
     """
     whole = encode_all(tokenizer, [joiner.join(one.words) for one in examples])
-    labels, lost = [], 0
+    labels, lost, known = [], 0, _numbered(names)
     for one, row in zip(examples, whole, strict=True):
-        found, without = _tag(row, one.words, _numbers(one.tags, names), len(joiner))
+        found, without = _tag(row, one.words, [_number(tag, known, one.where) for tag in one.tags], len(joiner))
         labels.append(found)
         lost += without
     if lost:
@@ -165,21 +166,24 @@ def _rows(encoded: list[Encoded], labels: npt.NDArray[np.int64] | npt.NDArray[np
     return LabelledRows(Ragged.of([row.ids for row in encoded]), labels, types)
 
 
-def _numbers(labels: Sequence[str], names: Sequence[str]) -> list[int]:
-    known = {name: number for number, name in enumerate(names)}
-    for label in labels:
-        if label not in known:
-            raise DanluError(f"the label {label!r} is not known", fix=one_of(label, names))
-    return [known[label] for label in labels]
+def _numbered(names: Sequence[str]) -> dict[str, int]:
+    return {name: number for number, name in enumerate(names)}
 
 
-def _value(label: str) -> float:
+def _number(label: str, known: Mapping[str, int], where: str | None) -> int:
+    if label not in known:
+        raise DanluError(f"the label {label!r} is not known", where=where, fix=one_of(label, list(known)))
+    return known[label]
+
+
+def _value(example: LabelledText) -> float:
     try:
-        value = float(label)
+        value = float(example.label)
     except ValueError:
         value = float("nan")
-    if not np.isfinite(value):
-        raise DanluError(f"the label {label!r} is no finite number")
+    if not abs(value) <= float(np.finfo(np.float32).max):  # it is learned in fp32; nan is in no order
+        what = f"the label {example.label!r} is no finite number"
+        raise DanluError(what, where=example.where, fix="mend the row, or take it out")
     return value
 
 

@@ -34,7 +34,7 @@ def labelled_texts(data: RowsSettings, side: RowSide) -> list[LabelledText]:
     found = []
     for where, row in _table(data, side):
         second = _text(row, "second", where) if "second" in row else None
-        found.append(LabelledText(_text(row, "text", where), _label(row, where), second))
+        found.append(LabelledText(_text(row, "text", where), _label(row, where), second, where))
     return found
 
 
@@ -107,4 +107,4 @@ def _tagged(row: dict[str, Any], where: str) -> TaggedWords:
     lists = all(isinstance(one, list) and one and all(isinstance(part, str) for part in one) for one in columns)
     if not lists or len(columns[0]) != len(columns[1]):
         raise DanluError("words and tags are no two lists of texts, equally long", where=where)
-    return TaggedWords(tuple(columns[0]), tuple(columns[1]))
+    return TaggedWords(tuple(columns[0]), tuple(columns[1]), where)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from danlu.artifact import canonical, hash_file, sync
+from danlu.artifact import CARD, canonical, hash_file, sync
 from danlu.console import say, warn
 from danlu.errors import DanluError
 from danlu.gguf_header import read_header
@@ -153,30 +153,66 @@ class Checkpoint:
 def save_checkpoint(model: Model, tokenizer: Tokenizer | None, out: Path, dtype: torch.dtype = torch.float32) -> None:
     """Write a Hugging Face directory that transformers loads: configuration, safetensors, tokenizer, chat template.
 
-    It is built aside and renamed; a directory that stood there is replaced only once the new one is whole.
+    It is built aside and renamed; a model that stood there is replaced only once the new one is whole.
 
     Args:
         model: adapters merged.
         tokenizer: goes beside the weights; None for a model that reads no text.
-        out: the directory.
+        out: the directory; see `check_place`.
         dtype: of the stored weights.
 
-    Raises DanluError where the disk refuses, or no architecture of Hugging Face computes this model.
+    Raises DanluError where the disk refuses, `out` holds something else than a model, or no architecture of Hugging
+    Face computes this model.
     """
-    aside, old = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("aside", "old"))
+    check_place(out)
+    place = out.resolve()  # of a link, what it leads to is replaced
+    aside, old = (place.with_name(f".{place.name}.{os.getpid()}.{kind}") for kind in ("aside", "old"))
     try:
         aside.mkdir(parents=True)
         directory.write_directory(model, tokenizer, aside, dtype)
         sync(aside)
-        if out.exists():
-            out.rename(old)
-        aside.rename(out)
-        sync(out.parent)
+        _swap(aside, place, old)
+        sync(place.parent)
     except (OSError, SafetensorError) as error:
         raise DanluError(f"cannot be written: {error}", where=out, fix="free some space on the disk") from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_place(out: Path) -> None:
+    """Raise DanluError where a model must not be written, since what stands there would be lost.
+
+    Nothing may stand there, or an empty directory, or one of a model: config.json, and besides it only files that
+    `save_checkpoint` writes, and the card that a stage puts beside them.
+    """
+    if not out.exists():
+        return
+    fix = "choose another --out, or move it away"
+    if not out.is_dir():
+        raise DanluError("is a file, and a model is a directory", where=out, fix=fix)
+    held = sorted(out.iterdir())
+    others = [
+        path.name for path in held if not (path.is_file() and (path.name == CARD or directory.is_written(path.name)))
+    ]
+    if others:
+        named = ", ".join(others[:4]) + (", ..." if len(others) > 4 else "")
+        raise DanluError(f"holds what is no part of a model, and would be lost: {named}", where=out, fix=fix)
+    if held and not (out / "config.json").is_file():
+        raise DanluError("holds files, but no model that could be replaced", where=out, fix=fix)
+
+
+def _swap(made: Path, place: Path, old: Path) -> None:
+    """Put a directory in the place of another, which stays where it is if that fails."""
+    if not place.exists():
+        made.rename(place)
+        return
+    place.rename(old)
+    try:
+        made.rename(place)
+    except BaseException:
+        old.rename(place)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def find_checkpoint(ref: str | Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,7 @@ READ = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("chat_template.jinja", INDEX),
 )
+SHARDS = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
 PIECE = 2**20  # numbers read at once
 SHARD = 5_000_000_000  # bytes, the size at which Hugging Face splits
@@ -237,6 +239,11 @@ def _read_bank(pieces: list[_Piece], dtype: torch.dtype) -> Tensor:
     for expert, piece in enumerate(pieces):
         made[expert] = piece.read(dtype)
     return made
+
+
+def is_written(name: str) -> bool:
+    """Whether `write_directory` gives a file this name."""
+    return name in (*READ, WHOLE) or SHARDS.fullmatch(name) is not None
 
 
 def write_directory(model: Model, tokenizer: Tokenizer | None, path: Path, dtype: torch.dtype) -> None:

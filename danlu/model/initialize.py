@@ -125,7 +125,8 @@ def mup_config(config: AnyConfig) -> AnyConfig:
     """The same model with the scales that muP asks for (arXiv:2203.03466, definition 4.1 and table 8).
 
     Scores of attention are multiplied by 1 / head_width, a head that shares the embedding's weight by 1 / width, and
-    the embedding by 1. Most architectures of Hugging Face have no place for these scales, and are not saved with them.
+    the embedding by 1. Most architectures of Hugging Face have no place for these scales: `danlu.model.scales` moves
+    them into weights.
     """
     if isinstance(config, EncoderDecoderConfig):
         return replace(config, encoder=_mup_stack(config.encoder), decoder=_mup_stack(config.decoder))

@@ -85,13 +85,15 @@ class Plan(Settings):
 
     @classmethod
     def parse(cls, text: str) -> dict[str, Any]:
-        """`tensor=2,pipeline=2` as settings for `read`. Raises DanluError where a name is not known."""
+        """`tensor=2,pipeline=2` as settings for `read`. Raises DanluError where a name is not known, or named twice."""
         values: dict[str, Any] = {}
         for part in filter(None, (word.strip() for word in text.split(","))):
             name, equals, value = part.partition("=")
             if name not in cls.model_fields or not equals:
                 fix = f"{one_of(name, list(cls.model_fields))}  (as in tensor=2,shard=2)"
                 raise DanluError(f"{part} is no part of a plan", where="--plan", fix=fix)
+            if name in values:
+                raise DanluError(f"{name} is named twice", where="--plan", fix="name each once, as in tensor=2,shard=2")
             values[name] = int(value) if value.isdecimal() else value
         return values
 

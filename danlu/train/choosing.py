@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +14,8 @@ from danlu.console import say, warn
 from danlu.errors import DanluError
 from danlu.plan.plan import Plan, Work, check
 from danlu.plan.search import Asked, Choice, NoPlan, given, room, search, smallest
-from danlu.train.forecast import ask, cluster_here, resting, uncounted
+from danlu.train.forecast import ask, cluster_here, growing_problems, resting, uncounted
+from danlu.train.notes import read_note
 from danlu.train.precision import Precision
 from danlu.train.recipe import TrainRecipe
 from danlu.train.recompute import Recompute
@@ -48,10 +48,13 @@ class Chosen:
 
     @classmethod
     def read(cls, home: Path) -> Chosen:
-        """What `write` left in a run's directory."""
-        saved = json.loads((home / NOTE).read_text(encoding="utf-8"))
-        expected = saved["expected"] and Choice(**saved["expected"])
-        return cls(**saved | {"plan": Plan.read(saved["plan"]), "expected": expected})
+        """What `write` left in a run's directory. Raises DanluError where it is damaged."""
+
+        def made(saved: dict[str, Any]) -> Chosen:
+            expected = saved["expected"] and Choice(**saved["expected"])
+            return cls(**saved | {"plan": Plan.read(saved["plan"]), "expected": expected})
+
+        return read_note(home / NOTE, made, "delete it: checkpoints hold the plan that a run goes on with")
 
     def write(self, home: Path) -> None:
         """Note it in a run's directory."""
@@ -111,6 +114,7 @@ def choose(run: Beginning, asked: dict[str, Any] | None) -> Chosen:
         chosen = _kept(run) or (_searched(run) if run.world > 1 else _alone(run))
     run.check(chosen.plan)
     check(chosen.plan, run.work, run.world)
+    _check_growing(run, chosen.plan)
     if chosen.expected is None:
         chosen = _expected(run, chosen)
     if chosen.why:
@@ -118,6 +122,14 @@ def choose(run: Beginning, asked: dict[str, Any] | None) -> Chosen:
     _warn_of_memory(run, chosen)
     chosen.write(run.home)
     return chosen
+
+
+def _check_growing(run: Beginning, plan: Plan) -> None:
+    found = list(growing_problems(run.recipe, plan, run.work))
+    if found:
+        what = f"plan {plan.short()} cannot carry windows that grow: {'; '.join(found)}"
+        fix = "share rows out instead (data, shard, expert), or change the windows"
+        raise DanluError(what, where="batch.growing", fix=fix)
 
 
 def _kept(run: Beginning) -> Chosen | None:

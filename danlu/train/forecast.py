@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,14 +121,21 @@ def check_recipe_plan(recipe: TrainRecipe, plan: Plan) -> None:
 def refusals(recipe: TrainRecipe, plan: Plan, work: Work, recompute: str) -> list[str]:
     """What of a recipe besides its rows and its objective a plan cannot carry out, by the setting's name."""
     shared = plan.data * plan.context * plan.expert * plan.shard
-    lengths = [replace(work, rows=work.rows * work.length // window, length=window)
-               for _, window in recipe.batch.growing]  # fmt: skip
     reasons = {
         "compile": recipe.compile == "on" and (plan.world > plan.data * plan.shard or recompute == "selective"),
         "offload.state": recipe.offload.state != "none" and plan.world > 1 and shared == 1,
-        "batch.growing": bool(lengths) and (plan.pipeline > 1 or any(any(problems(plan, each)) for each in lengths)),
+        "batch.growing": any(growing_problems(recipe, plan, work)),
     }
     return [name for name, holds in reasons.items() if holds]
+
+
+def growing_problems(recipe: TrainRecipe, plan: Plan, work: Work) -> Iterator[str]:
+    """What keeps a plan from carrying windows that grow, in words."""
+    if recipe.batch.growing and plan.pipeline > 1:
+        yield f"pipeline={plan.pipeline} takes windows of one length"
+    for _, window in recipe.batch.growing:
+        now = replace(work, rows=work.rows * work.length // window, length=window)
+        yield from (f"in windows of {window} tokens, {problem}" for problem in problems(plan, now))
 
 
 def uncounted(recipe: TrainRecipe) -> tuple[str, ...]:

@@ -23,13 +23,13 @@ class Group:
     Attributes:
         decays: whether decay and penalties act on it.
         factor: what its learning rate is multiplied by.
-        thaw: updates of others before its first.
+        thaw: updates of others before its first; None where it never learns.
         muon: whether Muon learns it.
     """
 
     decays: bool
     factor: float = 1.0
-    thaw: int = 0
+    thaw: int | None = 0
     muon: bool = False
 
 
@@ -43,9 +43,13 @@ def group_weights(
             block is from the top depends on how many there are. Only shapes are looked at.
         multipliers: what `danlu.model.initialize.mup_multipliers` says, where `settings.mup_base_width` asks for it.
 
-    Raises DanluError where a glob matches no weight, or the settings speak of blocks and the model has none.
+    Raises DanluError where a glob matches no weight, none is left to learn, or the settings speak of blocks and the
+    model has none.
     """
     names = list(weights)
+    frozen = _matching(names, settings.frozen, "frozen")
+    if names and len(frozen) == len(names):
+        raise DanluError("nothing is left to learn", where="optimizer.frozen", fix="freeze fewer weights")
     decays = {name for name, weight in weights.items() if is_matrix(name, weight)}
     decays |= _matching(names, settings.decay, "decay")
     decays -= _matching(names, settings.no_decay, "no_decay")
@@ -54,15 +58,16 @@ def group_weights(
     if settings.layer_decay < 1 or settings.thaw_steps is not None:
         _need_blocks(depths, "layer_decay" if settings.layer_decay < 1 else "thaw_steps")
     named = _matching(names, settings.muon or (), "muon")
-    muon = {name for name in named if is_matrix(name, weights[name]) and weights[name].dim() in (2, 3)}
+    matrices = {name for name in named if is_matrix(name, weights[name]) and weights[name].dim() in (2, 3)}
+    muon = matrices - frozen
     if settings.name == "muon" and not muon:
-        what = "muon learns matrices, and its globs name none"
+        what = "muon learns matrices, and its globs name none that learns"
         raise DanluError(what, where="optimizer.muon", fix="name some, or take another optimizer")
     return {
         name: Group(
             decays=name in decays,
             factor=factors[name] * settings.layer_decay ** depths[name],
-            thaw=max(depths[name] - 1, 0) * (settings.thaw_steps or 0),
+            thaw=None if name in frozen else max(depths[name] - 1, 0) * (settings.thaw_steps or 0),
             muon=name in muon,
         )
         for name in names

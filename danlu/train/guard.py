@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from pathlib import Path
@@ -12,6 +11,7 @@ from pydantic import Field
 
 from danlu.artifact import write_json
 from danlu.settings import Settings
+from danlu.train.notes import read_note
 
 Action = Literal["go on", "skip", "back", "stop"]
 FEWEST = 10  # steps that must be known before one counts as a spike
@@ -50,7 +50,8 @@ class Guard:
         self.wrong = 0
         self.left_out: set[int] = set()
         if self._file is not None and self._file.exists():
-            self.left_out = set(json.loads(self._file.read_text(encoding="utf-8"))["steps"])
+            fix = "put a copy of it back, or delete it: batches that were left out are then learned from"
+            self.left_out = read_note(self._file, lambda saved: set(map(int, saved["steps"])), fix)
 
     @property
     def goes_back(self) -> bool:

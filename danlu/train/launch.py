@@ -53,6 +53,15 @@ class LaunchSettings(Settings):
         host, _, port = (self.rendezvous or "").rpartition(":")
         if self.rendezvous is not None and not (host and port.isdigit()):
             raise ValueError(f"rendezvous {self.rendezvous!r} is no HOST:PORT, as in node0:29400")
+        if self.rendezvous is not None and self.nodes == 1:
+            raise ValueError("rendezvous has no effect on one machine; set nodes, or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _grace_is_for_several(self) -> LaunchSettings:
+        one = self.nodes == 1 and self.nproc in (None, 1)
+        if one and self.grace != type(self).model_fields["grace"].default:
+            raise ValueError("grace has no effect on one process, which always ends its step and saves; leave it out")
         return self
 
 

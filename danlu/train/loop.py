@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -175,13 +175,14 @@ class Run:
         stream: what to learn from.
         steps: how many to do in all.
         seed: decides dropout and other chance in the model.
-        checkpoints: where the state is kept; `checkpoint_steps` apart.
+        checkpoints: where the state is kept, `checkpoint_steps` apart; where the best are, at each validation as well.
         out: gets metrics.jsonl and tensorboard/, from the first process.
         identity: JSON-able; what a checkpoint must have been made with to be resumed (model, data, batch, optimizer).
         validation, guard: None for none.
         stopping: polled each step; where any process says yes, all save and stop.
         alive: told the step and what is being done in it.
         finish: called when the last step is done, before it is measured and saved, as workers that train apart want it.
+        accepted: called before the first step, once it is known that the run may go on from where it stands.
         flops: floating-point operations a token, for MFU; `ceiling`: operations a second of one process's device.
     """
 
@@ -199,6 +200,7 @@ class Run:
     stopping: Callable[[], bool] = lambda: False
     alive: Callable[[int, str], None] = lambda step, phase: None
     finish: Callable[[], None] = lambda: None
+    accepted: Callable[[], None] = lambda: None
     flops: float = 0.0
     ceiling: float = 0.0
     label: str = "train"
@@ -233,6 +235,7 @@ def train(run: Run) -> Done:
         _save(run, 0, noted, None)  # something to go back to
     while True:
         done = _resume(run, noted)
+        run.accepted()
         try:
             return _go_on(run, done, noted)
         except DanluError:
@@ -262,10 +265,18 @@ def _resume(run: Run, noted: Progress) -> int:
         if run.checkpoints.steps():
             raise DanluError("none of the checkpoints is whole", where=run.checkpoints.home, fix="choose another --out")
         return 0
-    for name, value in run.identity.items():
-        if name in saved.extra["identity"] and saved.extra["identity"][name] != value:
-            what = f"the checkpoint was made with {name} {saved.extra['identity'][name]!r}, and this run has {value!r}"
-            raise DanluError(what, where=run.checkpoints.home, fix="use the settings of that run, or another --out")
+    before = saved.extra["identity"]
+    changed = [
+        change
+        for name, value in run.identity.items()
+        if name in before
+        for change in _changed(name, before[name], value)
+    ]
+    if changed:
+        shown = "; ".join(f"{name} {was!r}, and this run has {now!r}" for name, was, now in changed[:4])
+        more = f"; and {len(changed) - 4} more" if len(changed) > 4 else ""
+        fix = "use the settings of that run, or another --out"
+        raise DanluError(f"the checkpoint was made with {shown}{more}", where=run.checkpoints.home, fix=fix)
     saved.read_into(run.state())
     for turn in run.turns:
         turn.optimizer.refresh()
@@ -277,6 +288,15 @@ def _resume(run: Run, noted: Progress) -> int:
     if run.mesh.rank == 0:
         say(f"{run.label}: goes on after step {saved.step}")
     return saved.step
+
+
+def _changed(name: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:
+    """What differs between two JSON values, by its dotted name, and both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            yield from _changed(f"{name}.{key}", before.get(key), now.get(key))
+    elif before != now:
+        yield name, before, now
 
 
 def _save(run: Run, step: int, noted: Progress, score: float | None) -> None:
@@ -316,7 +336,8 @@ def _go_on(run: Run, done: int, noted: Progress) -> Done:
                 tick.advance(1, f"loss {record.loss:.3f}, {record.tokens_per_second:,.0f} token/s")
             if stop:
                 why = "stopped"
-            if done % run.checkpoint_steps == 0 or done == run.steps or why != "finished":
+            scored = run.checkpoints.keep_best > 0 and record.validation is not None
+            if done % run.checkpoint_steps == 0 or scored or done == run.steps or why != "finished":
                 with run.replica.clock.phase("checkpoint"):
                     _save(run, done, noted, record.validation)
                 saved = done

@@ -66,7 +66,8 @@ class Optimizer:
         now = int(self.updates)
         found = {}
         for name, master in self.masters.items():
-            if master.grad is None or self.groups[name].thaw > now:
+            thaw = self.groups[name].thaw
+            if master.grad is None or thaw is None or thaw > now:
                 continue
             found[name] = master.grad = _laid(master.grad, master)
         return found
@@ -172,8 +173,8 @@ def square_sum(gradients: Mapping[str, Tensor]) -> Tensor:
 
 
 def clip(gradients: Mapping[str, Tensor], norm: float, limit: float) -> None:
-    """Scale gradients of this finite norm, in place, so that it is at most the limit."""
-    if norm > limit:
+    """Scale gradients of this finite norm, in place, so that it is at most the limit. A process may have none."""
+    if norm > limit and gradients:
         torch._foreach_mul_([local(gradient) for gradient in gradients.values()], limit / norm)
 
 

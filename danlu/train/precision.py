@@ -40,6 +40,11 @@ class Precision:
         dtypes = {_name(dtype): dtype for dtype in DTYPES.values()}
         return cls(dtypes[name], saved["precision"], saved.get("float8", False))
 
+    @property
+    def name(self) -> str:
+        """As recipes call it."""
+        return "float8" if self.float8 else next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+
     def plain(self) -> dict[str, Any]:
         return {"dtype": _name(self.dtype), "float8": self.float8, "precision": self.why}
 

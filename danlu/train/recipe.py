@@ -185,13 +185,26 @@ class BatchSettings(Settings):
         " (objectives that learn from rows)",
     )
 
+    @model_validator(mode="after")
+    def _windows_fill_a_step(self) -> BatchSettings:
+        tokens = self.rows * self.window
+        for _, window in self.growing:
+            if window < 1 or tokens % window:
+                raise ValueError(f"growing: {tokens:,} tokens a step cannot be cut into windows of {window:,}")
+        return self
+
 
 class CheckpointSettings(Settings):
     """What is kept to resume from."""
 
     every: int = Field(100, gt=0, description="steps between checkpoints")
     last: int = Field(2, gt=0, description="how many of the last are kept")
-    best: int = Field(0, ge=0, description="how many of those with the lowest validation loss are kept besides")
+    best: int = Field(
+        0,
+        ge=0,
+        description="how many of those with the lowest validation loss are kept besides; then one is made at each"
+        " measurement, too",
+    )
     background: bool = Field(
         True, description="write while training goes on, from a copy in memory; off: without the copy, standing still"
     )

@@ -22,6 +22,8 @@ class Schedule:
     | wsd | 1, and over the last part of the run along a line to final_share (arXiv:2404.06395) |
     | plateau | drop each time that more than `patience` validations in a row were no better, down to final_share |
 
+    Behind the last step the share stays what it is there; a plateau goes on falling.
+
     Args:
         learning_rate: the highest.
         steps: of the whole run.
@@ -41,7 +43,8 @@ class Schedule:
 
     def _share(self, step: int) -> float:
         settings = self.settings
-        done = (step - self.warm) / max(self.steps - self.warm - 1, 1)
+        step = min(step, self.steps - 1)  # a run may go on behind its schedule's end
+        done = max(step - self.warm, 0) / max(self.steps - self.warm - 1, 1)
         final, drop = settings.final_share or 0.0, settings.drop or 1.0
         match settings.kind:
             case "linear":

@@ -26,6 +26,7 @@ from danlu.train.compiling import choose_compile, parameters
 from danlu.train.loop import Run, Turn, train
 from danlu.train.memory import kept_memory
 from danlu.train.mesh import Mesh
+from danlu.train.notes import read_note
 from danlu.train.objective import next_token
 from danlu.train.optimizer import Optimizer, masters_of
 from danlu.train.optimizing.settings import OptimizerSettings
@@ -147,7 +148,7 @@ def _choose(model: Decoder, settings: TuneSettings) -> None:
 def _decide(settings: TuneSettings, base: Checkpoint, tokens: int, note: Path) -> tuple[torch.dtype, bool]:
     """Precision and compiling, measured once a run: a resumed run must compute as it began."""
     if note.exists():
-        decided = json.loads(note.read_text(encoding="utf-8"))
+        decided = read_note(note, dict, "delete it: precision and compiling are then decided anew")
     else:
         dtype, why = choose_precision(settings.precision)
         # 6 a weight and token where all learn, 4 where only adapters do (arXiv:2001.08361); of partial tuning's weights

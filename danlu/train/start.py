@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from danlu.model.checkpoint import check_place
 from danlu.plan.plan import Plan
 from danlu.train.card import write_card
 from danlu.train.launch import launch
 from danlu.train.recipe import TrainRecipe
 from danlu.train.state import CHECKPOINTS, list_checkpoints
 
+MODEL = "model"  # the directory that a run's model is written to
 Launcher = Literal["here", "ray"]
 
 
@@ -38,6 +40,7 @@ def start(
     Plan.read(asked or {})
     arguments = {"recipe": settings.plain(), "out": str(home), "plan": asked, "steps": steps}
     arguments["free"] = "recompute" not in settings.model_fields_set
+    check_place(home / MODEL)  # what stands in the way is better said now than when all is trained
     begun = _newest(home)
     done: dict[str, Any] = _launcher(on)(
         "danlu.train.worker:work",
@@ -50,7 +53,7 @@ def start(
         from danlu.train.export import export
         from danlu.train.tasks.task import measure_test
 
-        done["model"] = str(export(home, home / "model").out)
+        done["model"] = str(export(home, home / MODEL).out)
         done |= measure_test(home)
         done |= write_card(home, settings, begun)
     return done

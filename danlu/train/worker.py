@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from danlu.train.local_steps import LocalSteps
 from danlu.train.loop import Done, Run, Turn, Validation, train
 from danlu.train.memory import kept_memory
 from danlu.train.mesh import Mesh, everyone, make_mesh
+from danlu.train.notes import read_note
 from danlu.train.offloading.offload import Offload
 from danlu.train.precision import Precision, gemm_rate
 from danlu.train.rank import Rank
@@ -44,13 +46,16 @@ from danlu.train.recompute import keep_probabilities
 from danlu.train.replica import Replica
 from danlu.train.scaling import LossScale, require_float8, to_float8
 from danlu.train.schedule import Schedule
-from danlu.train.state import CHECKPOINTS, Checkpoints
+from danlu.train.state import CHECKPOINTS, Checkpoints, list_checkpoints
 from danlu.train.tasks.shape import model_config, take_over
-from danlu.train.tasks.task import Task, make_task
+from danlu.train.tasks.task import RECIPE, Task, make_task
 from danlu.train.tasks.teacher import add_projections
 from danlu.train.weights import masters_and_copies, start_weights
 
 DECISIONS = "decisions.json"
+LOST_DECISIONS = (
+    "put a copy of it back, or delete it: precision and compiling are decided anew, and may round otherwise"
+)
 
 
 def work(
@@ -117,10 +122,12 @@ def _train(
     work = Work(config, settings.own_rows, task.length)
     begun = Beginning(settings, home, work, task.check, decide, device, rank.world, here, free)
     chosen = together(partial(choose, begun, asked) if first else partial(Chosen.read, home), first)
+    note = partial(write_json, home / RECIPE, settings.plain())
     settings = settings.model_copy(update={"recompute": chosen.recompute})
     mesh, precision = make_mesh(chosen.plan, device), together(decide, first)
     run = make_run(settings, home, mesh, task, config, precision, rank, steps)
     if first:
+        run.accepted = note
         _tell(run, config, precision.dtype)
     # What is put away is to leave memory at once.
     memory = kept_memory() if settings.offload.state == "none" else nullcontext()
@@ -144,23 +151,45 @@ def _together(mesh: Mesh, make: Callable[[], Any], first: bool) -> Any:
 
 
 def _precision(settings: TrainRecipe, home: Path, device: torch.device) -> Precision:
-    """Decided once a run, by measuring: a resumed run must compute as it began."""
+    """Decided once a run, by measuring: a resumed run must compute as it began.
+
+    Raises DanluError where the recipe names another than its checkpoints were made in.
+    """
     note = home / DECISIONS
-    if not note.exists():
-        write_json(note, Precision.choose(settings.precision, device.type).plain())
-    return Precision.read(json.loads(note.read_text(encoding="utf-8")))
+    if note.exists():
+        decided = read_note(note, Precision.read, LOST_DECISIONS)
+        if settings.precision in ("auto", decided.name):
+            return decided
+        _only_anew(home, "precision", decided.name, settings.precision)
+    chosen = Precision.choose(settings.precision, device.type)
+    write_json(note, chosen.plain())
+    return chosen
+
+
+def _only_anew(home: Path, name: str, decided: str, asked: str) -> None:
+    """Raise DanluError where there are checkpoints already, made with another decision than is asked for."""
+    if any(list_checkpoints(home / CHECKPOINTS)):
+        what = f"{name} is {asked}, and the run's checkpoints were made with {decided}"
+        raise DanluError(what, where=home / DECISIONS, fix=f"set {name} to auto or {decided}, or choose another --out")
 
 
 def _compiled(
     settings: TrainRecipe, home: Path, plan: Plan, model: Model, flops: float, dtype: torch.dtype, device: str
 ) -> bool:
-    """Whether blocks are compiled; like the precision decided once, but another plan may not allow it."""
+    """Whether blocks are compiled; like the precision decided once, but another plan may not allow it.
+
+    Raises DanluError where the recipe asks for it and it cannot be, or for something else than was decided.
+    """
     reason = _why_eager(settings, plan, model)
     if reason is not None and settings.compile == "on":
         raise DanluError(f"the model cannot be compiled: {reason}", where="compile", fix="set compile to auto or off")
     note = home / DECISIONS
-    decided = json.loads(note.read_text(encoding="utf-8"))
-    if "compile" not in decided:
+    decided = read_note(note, dict, LOST_DECISIONS)
+    before = None if "compile" not in decided else "on" if decided["compile"] else "off"
+    if before is not None and settings.compile not in ("auto", before):
+        _only_anew(home, "compile", before, settings.compile)
+        before = None
+    if before is None:
         on, why = choose_compile(settings.compile if reason is None else "off", flops, dtype, device)
         decided |= {"compile": on, "compiling": why if reason is None else f"off: {reason}"}
         write_json(note, decided)
@@ -195,6 +224,10 @@ def make_run(
 ) -> Run:
     """Everything that the run is made of, on this process."""
     optimizing, dtype, apart = settings.optimizer, precision.dtype, settings.apart
+    stream = task.stream(mesh if apart is None else share_rows(mesh, apart))
+    measures = task.heldout(mesh) is not None
+    if not measures:
+        _check_unmeasured(settings)
     offload = Offload.start(settings.offload, home / "offload", mesh.device)
     with offload.making_weights():
         model, makers = load_model(settings, config)
@@ -236,7 +269,7 @@ def make_run(
     return Run(
         replica,
         [Turn(local or optimizer, schedule.rate, optimizing.clip, average, scale)],
-        task.stream(mesh if apart is None else share_rows(mesh, apart)),
+        stream,
         steps=steps,
         seed=settings.seed if apart is None else settings.seed * apart.workers + apart.worker,
         checkpoints=Checkpoints(
@@ -249,12 +282,14 @@ def make_run(
         checkpoint_steps=settings.checkpoints.every,
         out=home,
         identity={
+            "model": json.loads(json.dumps(asdict(config))),
             "seed": settings.seed,
             "data": task.identity,
             "batch": settings.batch.plain(),
             "objective": settings.objective.plain(),
             "optimizer": optimizing.plain(),
-            "schedule": [settings.schedule.plain(), settings.steps],
+            "schedule": settings.schedule.plain(),
+            "steps": settings.steps,
             "apart": None if apart is None else {"worker": apart.worker, "workers": apart.workers},
         },
         validation=Validation(
@@ -265,7 +300,7 @@ def make_run(
             (schedule.state, schedule.load),
             lambda: task.quality(replica),
         )
-        if task.heldout(mesh) is not None
+        if measures
         else None,
         guard=Guard(settings.guard, home),
         stopping=lambda: rank.stopping.asked,
@@ -274,6 +309,19 @@ def make_run(
         flops=flops,
         ceiling=gemm_rate(dtype, device=mesh.device.type) * 1e9,
     )
+
+
+def _check_unmeasured(settings: TrainRecipe) -> None:
+    """Raise DanluError where a setting speaks of validations, and nothing is held out to measure on."""
+    without_effect = {
+        "schedule.kind plateau": settings.schedule.kind == "plateau",
+        "validation.patience": settings.validation.patience is not None,
+        "checkpoints.best": settings.checkpoints.best > 0,
+    }
+    for name, is_set in without_effect.items():
+        if is_set:
+            fix = "hold some out (data.heldout), or leave it out"
+            raise DanluError(f"{name} has no effect, since nothing is held out to measure on", where="data", fix=fix)
 
 
 def load_model(settings: TrainRecipe, config: AnyConfig) -> tuple[Model, dict[str, Make]]:

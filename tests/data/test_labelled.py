@@ -27,6 +27,8 @@ from danlu.data.datasets import (
 from danlu.data.encoding import Limit, encode_all, fitted
 from danlu.data.labelled import LabelBatch, LabelledRows, question_rows, tagged_rows, text_rows, value_rows
 from danlu.data.memory import MemoryStream, Ragged
+from danlu.data.row_files import labelled_texts
+from danlu.data.rows_settings import RowsSettings
 from danlu.data.stream import IGNORED
 from danlu.errors import DanluError
 from danlu.tokenizer import Tokenizer
@@ -115,6 +117,21 @@ def test_labels_that_are_not_known_are_refused() -> None:
     for value in ("nan", "warm"):
         with pytest.raises(DanluError, match=f"label '{value}' is no finite number"):
             value_rows(wordpiece(), [LabelledText("the", value)], Limit(16))
+
+
+def test_a_label_that_is_none_is_named_by_its_line(write: Write) -> None:
+    rows = write("rows.txt", "0.5 the cat\n1e60 the dog\nnan the mat\n")
+    with pytest.raises(DanluError, match=r"rows\.txt:2: the label '1e60' is no finite number\n  mend the row"):
+        value_rows(wordpiece(), read_labelled(rows), Limit(16))
+    with pytest.raises(DanluError, match=r"rows\.txt:3: the label 'nan' is not known"):
+        text_rows(wordpiece(), read_labelled(rows), ("0.5", "1e60"), Limit(16))
+    tags = write("tags.conll", "The\tO\n\n\n大\tB\n学\tX\n")
+    with pytest.raises(DanluError, match=r"tags\.conll:4: the label 'X' is not known"):
+        tagged_rows(wordpiece(), read_tagged(tags), ("B", "O"), Limit(16))
+    table = RowsSettings(train=str(write("t.csv", "a,b\nthe,1\ncat,inf\n")), format="table",
+                         columns={"text": "a", "label": "b"})  # fmt: skip
+    with pytest.raises(DanluError, match=r"t\.csv:3: the label 'inf'"):
+        value_rows(wordpiece(), labelled_texts(table, "train"), Limit(16))
 
 
 def test_long_texts_are_refused_or_cut_with_a_word(capsys: pytest.CaptureFixture) -> None:

@@ -377,3 +377,42 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(hf: Path, tmp_path: Path) -
     save_checkpoint(model, checkpoint.tokenizer, out)
     assert Checkpoint.open(out).digest != before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out"]
+
+
+def test_only_a_model_is_replaced(hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint.open(hf)
+    model = checkpoint.load()
+    out, empty, link = tmp_path / "out", tmp_path / "empty", tmp_path / "link"
+    empty.mkdir()
+    link.symlink_to(empty)
+    save_checkpoint(model, checkpoint.tokenizer, link)
+    assert link.is_symlink() and Checkpoint.open(empty).digest == Checkpoint.open(link).digest
+
+    for refused, told in (("thesis.txt", "is a file"), ("home", "no part of a model, and would be lost: thesis.txt")):
+        text = tmp_path / refused if refused == "thesis.txt" else tmp_path / refused / "thesis.txt"
+        text.parent.mkdir(exist_ok=True)
+        text.write_text("years of work")
+        with pytest.raises(DanluError, match=told):
+            save_checkpoint(model, checkpoint.tokenizer, tmp_path / refused)
+        assert text.read_text() == "years of work"
+    (tmp_path / "words").mkdir()
+    checkpoint.tokenizer.save(tmp_path / "words")
+    with pytest.raises(DanluError, match="no model that could be replaced"):
+        save_checkpoint(model, checkpoint.tokenizer, tmp_path / "words")
+
+    save_checkpoint(model, checkpoint.tokenizer, out)
+    (out / "card.json").write_text("{}")  # as a stage puts one beside a model
+    save_checkpoint(model, checkpoint.tokenizer, out)
+    assert not (out / "card.json").exists()
+    before, rename = Checkpoint.open(out).digest, Path.rename
+
+    def stumble(self: Path, target: Path) -> Path:
+        if self.name.endswith(".aside"):
+            raise OSError("the disk is gone for a moment")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stumble)
+    with pytest.raises(DanluError, match="gone for a moment"):
+        save_checkpoint(model, checkpoint.tokenizer, out)
+    assert Checkpoint.open(out).digest == before
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

@@ -87,6 +87,20 @@ def test_blocks_thaw_one_by_one():
     }
 
 
+def test_what_is_frozen_never_learns():
+    named = weights()
+    found = groups(named, frozen=("blocks.0.*", "embedding.*"), thaw_steps=100)
+    assert {n for n in named if found[n].thaw is None} == {
+        n for n in named if n.startswith(("blocks.0.", "embedding."))
+    }
+    assert found["blocks.1.attention.query.weight"].thaw == 100
+    with pytest.raises(DanluError, match=r"optimizer\.frozen: nothing is left to learn"):
+        groups(named, frozen=("blocks.*", "norm.*", "head.*", "embedding.*"))
+    assert not groups(named, name="muon", frozen=("blocks.0.*",))["blocks.0.attention.query.weight"].muon
+    with pytest.raises(DanluError, match="globs name none that learns"):
+        groups(named, name="muon", frozen=("blocks.*",))
+
+
 def test_muon_learns_matrices_inside_blocks():
     named = weights(experts=Experts(4, 2, 12))
     found = groups(named, name="muon")
@@ -106,7 +120,7 @@ def test_mup():
         group_weights(dict(wide.named_parameters()), settings)
 
 
-@pytest.mark.parametrize("field", ["decay", "no_decay", "factors"])
+@pytest.mark.parametrize("field", ["decay", "no_decay", "factors", "frozen"])
 def test_a_glob_that_matches_nothing_is_refused(field):
     with pytest.raises(DanluError, match=r"named like head\.wieght") as caught:
         groups(weights(), **{field: {"head.wieght": 2.0} if field == "factors" else ("head.wieght",)})

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch.optim import lr_scheduler
@@ -81,6 +81,16 @@ def test_every_schedule_rises_then_never_rises_again(kind, steps, warmup, highes
     assert all(a >= b - 1e-12 for a, b in pairwise(found[max(warm - 1, 0) :]))
     if SHAPES[kind].get("final_share") and steps - warm > 1:
         assert found[-1] == pytest.approx(highest * 0.1)
+
+
+@given(st.sampled_from(sorted(SHAPES)), st.integers(1, 60), st.floats(0, 0.99), st.integers(0, 200))
+def test_behind_its_end_a_schedule_stays_where_it_is(kind, steps, warmup, behind):
+    assume(kind != "wsd" or warmup <= 0.9)
+    schedule = Schedule(ScheduleSettings(kind=kind, warmup=warmup), 2.0, steps)
+    later = schedule.rate(steps + behind)
+    assert 0 <= later == schedule.rate(steps) <= schedule.rate(steps - 1)
+    if math.ceil(steps * warmup) < steps:
+        assert later == schedule.rate(steps - 1)
 
 
 LOSSES = [

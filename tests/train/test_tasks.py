@@ -389,6 +389,7 @@ def test_recipes_that_contradict_themselves(kind: str, changes: dict[str, Any], 
     [
         ("classification", {"objective": {"weights": {"baad": 2.0}}}, "no label 'baad' to weigh"),
         ("classification", {"data": {"limit": 4}}, "at most 4 are allowed"),
+        ("classification", {"batch": {"rows": 64}}, "data.train: 48 rows are fewer than the 64 of a batch"),
         ("classification", {"validation": {"rows": 4}}, "a measurement needs 8 rows"),
         ("classification", {"model": bert("BertForMaskedLM")}, "needs a model with a head of sequence"),
         ("sequence_to_sequence", {"model": bert("BertForMaskedLM"), "data": {"vocabulary": WORDS}}, "that writes"),

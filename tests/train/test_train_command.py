@@ -14,8 +14,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from typer.testing import CliRunner
 
+from danlu.cli import app
+from danlu.model.transformer import make_model
 from danlu.train.compiling import can_compile
+from danlu.train.recipe import TrainRecipe
+from danlu.train.state import open_checkpoint
+from danlu.train.tasks.shape import model_config
+from danlu.train.tasks.task import make_task
+from danlu.train.worker import load_model
 from tests.train.tiny_run import command, environment, here, metrics, newest, run, write_recipe
 
 
@@ -35,11 +43,13 @@ def test_it_trains_resumes_with_another_plan_and_exports(recipe: Path, tmp_path:
     for mine, expected in zip(metrics(tmp_path / "two"), lines, strict=True):
         assert mine["batch"] == expected["batch"] and abs(mine["loss"] - expected["loss"]) < 1e-5
 
-    one, two = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("one", "two"))
+    ours, theirs = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name / "model") for name in ("one", "two")
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "two" / "model")
     ids = torch.tensor([tokenizer("the furnace 丹炉")["input_ids"]])
     with torch.no_grad():
-        torch.testing.assert_close(one(ids).logits, two(ids).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=0, atol=1e-4)
 
     listed = subprocess.run(
         [sys.executable, "-m", "danlu", "checkpoint", "verify", str(tmp_path / "two"), "--json"],
@@ -48,6 +58,12 @@ def test_it_trains_resumes_with_another_plan_and_exports(recipe: Path, tmp_path:
         check=True,
     )
     assert [facts["step"] for facts in json.loads(listed.stdout)] == [10, 12]
+
+    two = tmp_path / "two"  # an export never stands where a run does
+    said = CliRunner().invoke(app, ["checkpoint", "export", str(two), "--out", str(two)], prog_name="danlu")
+    assert said.exit_code == 2 and "would be lost" in said.output and newest(two) == 12
+    (two / "model" / "thesis.txt").write_text("years of work")
+    assert "would be lost: thesis.txt" in here(recipe, two, code=2)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +100,19 @@ def test_other_objectives_train_other_families(
     lines = metrics(tmp_path)
     assert lines[-1]["loss"] < lines[0]["loss"]
     loads.from_pretrained(tmp_path / "model")
+
+
+def test_a_mup_model_is_saved_as_it_was_trained(recipe: Path, tmp_path: Path) -> None:
+    here(recipe, tmp_path, "--set", "model.start=mup", "--set", "optimizer.mup_base_width=16", "--steps", "3")
+    settings = TrainRecipe.model_validate_json((tmp_path / "recipe.json").read_text())
+    trained = make_model(model_config(settings, make_task(settings, tmp_path)))
+    saved = open_checkpoint(tmp_path / "checkpoints", 3)
+    assert saved is not None
+    trained.load_state_dict({name: saved.read(f"master.{name}") for name in trained.state_dict()})
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(exported(ids).logits, trained.logits(trained(ids)), rtol=1e-4, atol=1e-4)
 
 
 ROWS = """
@@ -137,6 +166,24 @@ def test_a_job_file_carries_the_command(kind: str, holds: str, recipe: Path, tmp
     assert not list(tmp_path.iterdir())
 
 
+FROZEN = ("--set", "optimizer.frozen=[blocks.0.*, embedding.*]")
+
+
+@pytest.mark.parametrize("words", [(), ("--set", "precision=bf16"), ("--nproc", "2", "--plan", "shard=2")])
+def test_frozen_weights_stay_as_they_started(words: tuple[str, ...], recipe: Path, tmp_path: Path) -> None:
+    if "--nproc" in words:
+        run(recipe, tmp_path, *FROZEN, *words, "--steps", "2")
+    else:
+        for steps in ("1", "2"):  # what a checkpoint holds is complete
+            here(recipe, tmp_path, *FROZEN, *words, "--steps", steps)
+    settings = TrainRecipe.model_validate_json((tmp_path / "recipe.json").read_text())
+    _, makers = load_model(settings, model_config(settings, make_task(settings, tmp_path)))
+    saved = open_checkpoint(tmp_path / "checkpoints", 2)
+    assert saved is not None
+    kept = {name for name, make in makers.items() if torch.equal(saved.read(f"master.{name}"), make())}
+    assert kept == {name for name in makers if name.startswith(("blocks.0.", "embedding."))}
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -146,6 +193,36 @@ def test_a_job_file_carries_the_command(kind: str, holds: str, recipe: Path, tmp
         (("--set", "model.architecture=Llama"), ["the architecture Llama is not known"]),
         (("--set", "optimizer.momentum=0.9"), ["momentum has no effect where name is adamw"]),
         (("--set", "data.heldout=0.9999"), ["fewer than a window"]),
+        (
+            ("--nproc", "2", "--plan", "pipeline=2,micro_batches=2", "--set", "batch.growing=[[0, 16], [2, 32]]"),
+            ["batch.growing: plan pipeline=2,micro_batches=2 cannot", "pipeline=2 takes windows of one length"],
+        ),
+        (
+            ("--nproc", "2", "--plan", "context=2", "--set", "batch.growing=[[0, 2], [2, 32]]"),
+            ["batch.growing: plan context=2", "in windows of 2 tokens, rows of 2 tokens cannot be cut"],
+        ),
+        (("--plan", "tensor=2,tensor=1"), ["--plan: tensor is named twice"]),
+        (("--rendezvous", "node0:29400"), ["rendezvous has no effect on one machine"]),
+        (("--set", "launch.grace=60"), ["grace has no effect on one process"]),
+        (
+            ("--job", "slurm", "--nproc", "4", "--nodes", "3", "--on", "ray", "--json"),
+            ["--job: --nproc, --nodes, --on, --json has no effect on a job file", "--set job.nodes=3"],
+        ),
+        (
+            ("--set", "data.heldout=0", "--set", "schedule.kind=plateau"),
+            ["schedule.kind plateau has no effect, since nothing is held out", "data.heldout"],
+        ),
+        (("--set", "data.heldout=0", "--set", "validation.patience=2"), ["validation.patience has no effect"]),
+        (("--set", "data.heldout=0", "--set", "checkpoints.best=2"), ["checkpoints.best has no effect"]),
+        (("--set", "batch.growing=[[0, 0], [2, 32]]"), ["256 tokens a step cannot be cut into windows of 0"]),
+        (("--set", "batch.window=64"), ["batch.window: windows of 64 tokens are longer than the model's context"]),
+        (("--set", "batch.growing=[[0, 16], [2, 64]]"), ["batch.growing: windows of 64 tokens are longer"]),
+        (
+            ("--set", "model.start=mup", "--set", "model.architecture=Gemma3ForCausalLM"),
+            ["model.start: such a model could not be saved", "take another start"],
+        ),
+        (("--set", "optimizer.frozen=[zzz]"), ["no weight that learns is named like zzz", "optimizer.frozen"]),
+        (("--set", "optimizer.frozen=['*']"), ["nothing is left to learn"]),
     ],
     ids=lambda value: " ".join(value[-1:]) if isinstance(value, tuple) else "",
 )

@@ -55,7 +55,11 @@ def check_rows_plan(plan: Plan, kind: str) -> None:
 
 
 def make_stream(rows: MeasurableRows[Any], settings: TrainRecipe, mesh: Mesh) -> AlikeStream[Any]:
-    """This process's rows of every step, epoch after epoch in new orders."""
+    """This process's rows of every step, epoch after epoch in new orders. Raises DanluError where they fill none."""
+    count, wanted = len(rows), settings.batch.rows
+    if count < wanted:
+        what = f"{count:,} rows are fewer than the {wanted:,} of a batch"
+        raise DanluError(what, where="data.train", fix="add rows, or lower batch.rows")
     batch, mine = settings.batch, (mesh.reader, mesh.plan.readers)
     return AlikeStream(rows, batch.rows, settings.seed, batch.alike, *mine)
 

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from danlu.console import say
+from danlu.data.rows_settings import RowsSettings
 from danlu.errors import DanluError
 from danlu.model.checkpoint import StoredModel
-from danlu.model.config import AnyConfig, EncoderDecoderConfig, ModelConfig
+from danlu.model.config import AnyConfig, EncoderDecoderConfig, ModelConfig, Relative
 from danlu.model.families.family import Family
 from danlu.model.families.known import FAMILIES, family_of
 from danlu.model.initialize import mup_config
-from danlu.model.stored import Make
+from danlu.model.scales import check_scales
+from danlu.model.stored import Make, stacks
 from danlu.model.transformer import Model
 from danlu.tokenizer import Tokenizer
 from danlu.train.recipe import TrainRecipe
@@ -47,8 +49,19 @@ class Shaping(Protocol):
 def model_config(settings: TrainRecipe, task: Shaping) -> AnyConfig:
     """The shape of the model that learns.
 
-    Raises DanluError where the architecture has another head than the task needs, or the base lacks words.
+    Raises DanluError where the architecture has another head than the task needs, the base lacks words, or the model
+    could not be saved.
     """
+    config = plain_config(settings, task)
+    if settings.model.start != "mup" or settings.model.base is not None:
+        return config
+    scaled = mup_config(config)
+    check_scales(exported(config), scaled)
+    return scaled
+
+
+def plain_config(settings: TrainRecipe, task: Shaping) -> AnyConfig:
+    """The same without muP's scales, which Hugging Face has no words for. Errors: see `model_config`."""
     chosen = settings.model
     if chosen.base is not None:
         config = _with_head(StoredModel.open(chosen.base), task)
@@ -57,14 +70,11 @@ def model_config(settings: TrainRecipe, task: Shaping) -> AnyConfig:
         config = family_of(keys, Path("model.architecture")).config(keys, Path("model.shape"))
     _check(config, task, settings)
     if isinstance(config, ModelConfig):
-        config = with_dropout(settings, config)
-    elif isinstance(config, EncoderDecoderConfig):
-        config = replace(
-            config,
-            encoder=with_dropout(settings, config.encoder),
-            decoder=with_dropout(settings, config.decoder),
-        )
-    return mup_config(config) if chosen.start == "mup" and chosen.base is None else config
+        return with_dropout(settings, config)
+    if isinstance(config, EncoderDecoderConfig):
+        encoder, decoder = (with_dropout(settings, stack) for stack in (config.encoder, config.decoder))
+        return replace(config, encoder=encoder, decoder=decoder)
+    return config
 
 
 def exported(config: AnyConfig) -> AnyConfig:
@@ -130,10 +140,24 @@ def _check(config: AnyConfig, task: Shaping, settings: TrainRecipe) -> None:
     if isinstance(config, ModelConfig) and (config.head is None or config.head.task != task.head):
         ending = ENDINGS.get(task.head, "ForMaskedLM or ForCausalLM")
         raise DanluError(f"{kind} needs a model with a head of {task.head}", where="model", fix=f"one of ...{ending}")
+    _check_windows(config, settings)
     stack = config.decoder if isinstance(config, EncoderDecoderConfig) else config
     if isinstance(stack, ModelConfig) and task.tokenizer.vocab_size > stack.vocab_size:
         what = f"the vocabulary has {task.tokenizer.vocab_size:,} tokens, and the model words for {stack.vocab_size:,}"
         raise DanluError(what, where="data.vocabulary", fix="use the base's own: {kind: from, base: THE BASE}")
+
+
+def _check_windows(config: AnyConfig, settings: TrainRecipe) -> None:
+    """Of text alone a length is set that all rows have; those with labels may be shorter than their limit."""
+    if isinstance(settings.data, RowsSettings):
+        return
+    batch = settings.batch
+    named = [("batch.window", batch.window), *(("batch.growing", window) for _, window in batch.growing)]
+    for stack in stacks(config):
+        for name, window in named:
+            if window > stack.context and not isinstance(stack.positions, Relative):
+                what = f"windows of {window} tokens are longer than the model's context of {stack.context}"
+                raise DanluError(what, where=name, fix="lower it, or give the model a longer context")
 
 
 def with_dropout(settings: TrainRecipe, config: ModelConfig) -> ModelConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ from danlu.model.checkpoint import StoredModel
 from danlu.model.transformer import Model
 from danlu.plan.plan import Plan
 from danlu.train.mesh import Mesh
+from danlu.train.notes import read_note
 from danlu.train.recipe import TrainRecipe
 from danlu.train.replica import Replica
 from danlu.train.tasks.labels import make_label_task
@@ -26,6 +26,7 @@ from danlu.train.tasks.shape import Shaping
 from danlu.train.tasks.text import make_text_task
 
 RECIPE = "recipe.json"
+LOST_RECIPE = "put a copy of it back, or delete it: danlu train writes it again from the run's recipe"
 
 
 class Task(Shaping, Protocol):
@@ -77,10 +78,11 @@ class Task(Shaping, Protocol):
 def make_task(settings: TrainRecipe, home: Path) -> Task:
     """The task of a recipe; what is prepared for it stands in the run's directory, and is prepared once.
 
-    Raises DanluError where the data cannot be read, or `home` is that of a run on other data.
+    Raises DanluError where the data cannot be read, `home` is that of a run on other data, or its note of that is
+    damaged.
     """
     note = home / RECIPE
-    if note.exists() and json.loads(note.read_text(encoding="utf-8"))["data"] != settings.data.plain():
+    if note.exists() and read_note(note, lambda saved: saved["data"], LOST_RECIPE) != settings.data.plain():
         what = "was made from other data settings than the recipe's"
         raise DanluError(what, where=home, fix="use the recipe of that run, or another --out")
     home.mkdir(parents=True, exist_ok=True)
@@ -88,6 +90,11 @@ def make_task(settings: TrainRecipe, home: Path) -> Task:
     if not note.exists():
         write_json(note, settings.plain())
     return task
+
+
+def noted_recipe(home: Path) -> TrainRecipe:
+    """The recipe that a run was last carried out with. Raises DanluError where the note of it is damaged."""
+    return read_note(home / RECIPE, TrainRecipe.model_validate, LOST_RECIPE)
 
 
 def _make(settings: TrainRecipe, home: Path) -> Task:
@@ -105,7 +112,7 @@ def measure_test(home: Path) -> dict[str, float]:
 
     Returns the figures, their names after `test_`; they stand in HOME/test.json, too. {} where there is no test side.
     """
-    settings = TrainRecipe.model_validate(json.loads((home / RECIPE).read_text(encoding="utf-8")))
+    settings = noted_recipe(home)
     if not isinstance(settings.data, RowsSettings) or not settings.data.test:
         return {}
     model = StoredModel.open(home / "model").load(device="cuda" if torch.cuda.is_available() else "cpu")
