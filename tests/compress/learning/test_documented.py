@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import shlex
 from pathlib import Path
@@ -14,6 +15,12 @@ from typer.testing import CliRunner
 from bench.small_models import Small, train_small
 from danlu.artifact import CARD
 from danlu.cli import app
+from danlu.compress.learning.shapes import Device
+from danlu.device.budget import read_size
+from danlu.model.checkpoint import Checkpoint
+from danlu.model.gguf import keys_bytes
+from danlu.train.objectives.elastic import parts_of
+from danlu.train.recipe import ElasticSettings
 from tests.compress.short import TEXT
 
 README = Path(__file__).parents[3] / "README.md"
@@ -31,11 +38,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def documented(command: str) -> list[str]:
-    """The line of README.md, its models and numbers made small."""
+def written(command: str) -> list[str]:
+    """The words of the line of README.md."""
     start = f"danlu compress {command} "
     [line] = [line for line in README.read_text(encoding="utf-8").splitlines() if line.startswith(start)]
-    words = shlex.split(line, comments=True)[1:]
+    return shlex.split(line, comments=True)[1:]
+
+
+def documented(command: str) -> list[str]:
+    """The same, its models and numbers made small."""
+    words = written(command)
     made = [SMALLER.get(before, word) for before, word in zip(["", *words], words, strict=False)]
     return ["base/model" if word in MODELS else word for word in made]
 
@@ -64,3 +76,13 @@ def test_a_line_of_the_readme_runs_with_one_plain_text(home: Path, command: str)
     ended = run(home, words)
     assert ended.exit_code == 0, ended.stderr
     assert json.loads((out / CARD).read_text())["kind"] == command
+
+
+def test_the_readmes_limit_can_be_kept_to_by_the_readmes_model(smollm2: Path) -> None:
+    model, words = Checkpoint.open(smollm2), written("shape")
+    said = dict(itertools.pairwise(words))
+    parts = parts_of(
+        model.config, ElasticSettings(layers=(int(said["--layers"]),), channels=(int(said["--channels"]),))
+    )
+    device = Device(memory=read_size(said["--memory"]), keys=keys_bytes(model.config, model.tokenizer))
+    assert [device.allows(part) for part in parts] == [True, False, False, False]
