@@ -61,6 +61,14 @@ def check_target(file: RecipeFile, config: ModelConfig) -> None:
         raise DanluError(f"{error.where} {error.what}", where=where, fix=error.fix) from None
 
 
+def check_draft(file: RecipeFile, home: Path) -> None:
+    """Raise DanluError, naming the recipe's line, where the model that is to guess ahead is not there."""
+    draft = file.recipe.certify.beside(home).draft
+    if draft is not None and not Path(draft).is_file():
+        where = file.origins.get(("certify", "draft"), file.path)
+        raise DanluError(f"certify.draft: there is no file {draft}", where=where, fix="name a smaller model's GGUF")
+
+
 def _weights(config: ModelConfig) -> int:
     """How many weights the matrices of a decoder hold, which is all but its norms and biases."""
     from danlu.train.compiling import parameters

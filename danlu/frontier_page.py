@@ -11,7 +11,7 @@ from markupsafe import Markup
 from danlu import __version__
 from danlu.artifact import write_aside
 from danlu.console import say
-from danlu.device.proof import in_words
+from danlu.device.proof import in_words, phones_in_words
 from danlu.errors import DanluError
 from danlu.pictures import ACCENT, COOL, MUTED, PAPER, draw
 from danlu.report import environment
@@ -23,17 +23,20 @@ TEMPLATE = "frontier_page.html.j2"
 
 
 def write_page(out: Path, found: Mapping[str, Any], name: str) -> None:
-    """Write what `danlu compress` has found; without matplotlib there is none, and that is said.
+    """Write what `danlu compress` has found; without matplotlib there is none, and that is said in the end.
 
     Args:
         out: the file.
-        found: as in frontier.json.
+        found: as in frontier.json, finished or not.
         name: of the model, the page's title.
     """
     try:
-        write_aside(out, render(found, name))
+        page = render(found, name)
     except DanluError as error:
-        say(f"no picture of the frontier: {error}")
+        if found["finished"]:
+            say(f"no picture of the frontier: {error}")
+        return
+    write_aside(out, page)
 
 
 def render(found: Mapping[str, Any], name: str) -> str:
@@ -53,13 +56,14 @@ def render(found: Mapping[str, Any], name: str) -> str:
         }
         for each in found["measured"]
     ]
+    certificate = found["certificate"]
     return environment().get_template(TEMPLATE).render(
         name=name,
         version=__version__,
         found=found,
         rows=rows,
-        lines=in_words(found["certificate"]),
-        phones=found["certificate"]["phones"],
+        lines=in_words(certificate) if certificate else [],
+        phones=phones_in_words(certificate) if certificate else [],
         picture=frontier_picture(found["told"], rows),
     )  # fmt: skip
 
@@ -73,7 +77,8 @@ def frontier_picture(told: Sequence[Mapping[str, float]], measured: Sequence[Map
         for each in measured:
             colour = ACCENT if each["chosen"] else MUTED
             axes.scatter([each["megabytes"]], [each["divergence"]], 70.0, color=colour, edgecolors=PAPER, zorder=3)
-        axes.set_yscale("log")
+        if any(loss > 0 for loss in (*losses, *(each["divergence"] for each in measured))):
+            axes.set_yscale("log")
         axes.set_xlabel("file, MB")
         axes.set_ylabel("divergence, nat/token")
         axes.legend(loc="upper right")

@@ -29,7 +29,7 @@ from danlu.artifact import (
     write_aside,
     write_json,
 )
-from danlu.checks import check_packages, check_room, check_target
+from danlu.checks import check_draft, check_packages, check_room, check_target
 from danlu.console import say
 from danlu.errors import DanluError
 from danlu.recipe import RecipeFile
@@ -138,6 +138,8 @@ class Run:
         check_room(self.root, self.base.config, self.file.recipe, stages)
         if "compress" in stages or "certify" in stages:
             check_target(self.file, self.base.config)
+        if "certify" in stages:
+            check_draft(self.file, self.home)
 
     def raise_if_missed(self) -> None:
         """Raise TargetMissed if the certificate says so: which lines, and by how much."""
@@ -281,14 +283,16 @@ def _compress(run: Run) -> Step:
 
 def _certify(run: Run) -> Step:
     settings, target, data = run.file.recipe.certify, run.file.recipe.target, run.made["data"]
-    exported = run.made["compress"]
+    exported, located = run.made["compress"], settings.beside(run.home)
 
     def fill(out: Path) -> Figures:
         from danlu.device.certify import certify
 
-        return certify(settings, target, run.tuned, exported.path / "model.gguf", data.path, out)
+        return certify(located, target, run.tuned, exported.path / "model.gguf", data.path, out)
 
     inputs = {"machine": machine(), **digests_read("certify", run.made)}
+    if located.draft is not None:
+        inputs["draft"] = run.digests.of(Path(located.draft))
     return Step({**settings.plain(), "target": target.plain()}, inputs, "device/certify", fill)
 
 

@@ -80,6 +80,11 @@ def test_a_wrong_recipe_writes_nothing(project: Project, old: str, new: str, tol
     assert not (project.home / "runs").exists()
 
 
+def test_a_draft_that_is_not_there_is_told_before_the_work(project: Project) -> None:
+    change(project, "certify: {", "certify: {draft: small.gguf, ")
+    refused(project, "recipe.yaml:9: certify.draft: there is no file", "small.gguf", "name a smaller model's GGUF")
+
+
 # --- Mistakes in the data -------------------------------------------------------------------------------------------
 
 

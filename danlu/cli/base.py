@@ -136,7 +136,17 @@ class DefaultGroup(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         named = not args or args[0] in (*self.commands, "--help")
+        if not named and not args[0].startswith("-"):
+            self.check_word(ctx, args[0])
         return super().parse_args(ctx, args if named else [self.default, *args])
+
+    def check_word(self, ctx: Any, word: str) -> None:
+        """Fail where a word can be no argument of the default command, and so is a command's, mistyped."""
+
+
+def can_name_model(word: str) -> bool:
+    """Whether a word may be a file, a directory, pypi:PACKAGE or OWNER/NAME; one that is not there is told of later."""
+    return any(sign in word for sign in "./:~") or Path(word).exists()
 
 
 def tuned(ref: str) -> str | Path:

@@ -9,13 +9,17 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from danlu.cli.base import DefaultGroup, Json, Ref, app, command, print_json, tuned
+from danlu.cli.base import DefaultGroup, Json, Ref, app, can_name_model, command, print_json, tuned
 from danlu.console import result
-from danlu.errors import DanluError
+from danlu.errors import DanluError, one_of
 
 
 class _Compress(DefaultGroup):
     default = "search"
+
+    def check_word(self, ctx: Any, word: str) -> None:
+        if not can_name_model(word):
+            ctx.fail(f"No such command or model '{word}'. {one_of(word, list(self.commands))}")
 
 
 compress = typer.Typer(

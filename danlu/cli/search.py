@@ -56,7 +56,7 @@ def compress_search(
     from danlu.compress.searching.wishes import read_settings, read_target
     from danlu.device.certify import missed
     from danlu.device.profile import DeviceProfile
-    from danlu.device.proof import in_words
+    from danlu.device.proof import in_words, phones_in_words
     from danlu.frontier_page import write_page
     from danlu.model.checkpoint import Checkpoint
 
@@ -71,14 +71,16 @@ def compress_search(
         task,
         DeviceProfile.load(device) if device else None,
     )
-    found = search(asked, out)
-    write_page(out / "frontier.html", found, str(ref))
+    found = search(asked, out, lambda known: write_page(out / "frontier.html", known, str(ref)))
     if as_json:
         print_json(found)
     else:
         print_frontier(found)
         result(f"{out / 'model.gguf'}: {found['why']}")
         for line in in_words(found["certificate"]):
+            result(f"  {line}")
+        result("a model of the 7B class, by Canalys' line:")
+        for line in phones_in_words(found["certificate"]):
             result(f"  {line}")
     error = missed(found["certificate"], out / "certificate.json")
     if error is not None:

@@ -64,7 +64,7 @@ def certify(
     reference = score(model, drawn.rows, drawn.chosen, "held-out, the tuned model in fp32")
     figures = _size_and_speed(measured, _bytes_per_token(model_gguf, tuned.config, measured), bandwidth)
     figures |= _quality(measured, reference, drawn, settings.resamples)
-    if settings.guesses:
+    if settings.guesses or settings.draft:
         figures |= guess_figures(
             model_gguf,
             drawn.sample(settings.prompt_tokens),
@@ -72,6 +72,7 @@ def certify(
             threads=settings.threads,
             tokens=settings.decode_tokens,
             repeats=settings.repeats,
+            draft=None if settings.draft is None else Path(settings.draft),
         )
     lines = _lines(target, figures)
     parity = None

@@ -23,18 +23,19 @@ from danlu.device.bandwidth import read_bandwidth
 from danlu.device.cores import usable_cores
 from danlu.device.engine import Engine
 from danlu.device.probe import instructions, processor
-from danlu.device.profile import DECODE, ENGINE, CacheRate, DeviceProfile, Rate, Rest
+from danlu.device.profile import DECODE, ENGINE, READ, CacheRate, DeviceProfile, Rate, Rest
 from danlu.device.stack import HEAD, Stack, bytes_per_weight, fills, layers_for, write_stack
 
 TYPES = (
     *("f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl", "q3_k", "q2_k"),
-    *("tq2_0", "q1_0"),
+    *("tq2_0", "q1_0", "f32"),
 )
 COLUMNS = (576, 1536, 4096)
 CACHES = ("f16", "q8_0", "q4_0")
-BATCHES = (16, 512)  # of reading
+BATCHES = (16, READ)  # of reading
 SIZE = 96e6  # bytes of a stack's matrices: more than caches of a processor hold
 MOST = 160e6  # numbers in a stack: with few bits, reading so many takes seconds
+LAYERS = 512  # of a stack, at most: with more llama.cpp ends the process
 ROUNDS = 2
 PROMPT, DECODED, WARM = 8, 32, 4  # tokens
 LENGTH = 1024  # tokens of the context; the cache is measured half full
@@ -146,7 +147,7 @@ def _widths(type: str, columns: Sequence[int]) -> set[int]:
 
 def _stack(type: str, width: int) -> Stack:
     most = layers_for("q8_0", width, MOST * bytes_per_weight("q8_0"))
-    return Stack(type, width, min(layers_for(type, width, SIZE), most))
+    return Stack(type, width, min(layers_for(type, width, SIZE), most, LAYERS))
 
 
 def _time(file: Path, threads: int, batches: Sequence[int]) -> Timing:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from danlu.artifact import Figures, figure
 from danlu.console import say
@@ -19,6 +21,7 @@ from danlu.errors import DanluError
 from danlu.tokenizer import Tokenizer
 
 SAMPLE = "The furnace turns ore into silver and gold, slowly; nobody hurries. "
+KEPT = {"guessing": "guesses", "drafting": "drafts"}  # what is kept of each way
 TIMED = 32  # tokens behind which steps are timed, and which a draft model is timed with
 
 
@@ -69,34 +72,52 @@ class Guesser:
 
 
 def guess_figures(
-    model: Path, prompt: list[int], *, context: int, threads: int | None, tokens: int, repeats: int
+    model: Path,
+    prompt: list[int],
+    *,
+    context: int,
+    threads: int | None,
+    tokens: int,
+    repeats: int,
+    draft: Path | None = None,
 ) -> Figures:
-    """What guessing from the text so far gains on a text, and that it says the same.
+    """What guessing gains on a text, from the text so far and by a smaller model, and that both say the same.
 
     Args:
         model: the GGUF.
         prompt: ids that are gone on with.
         context, threads: of the engine.
         tokens: of an answer; repeats: of each way, in turn.
+        draft: the smaller model; None leaves it out.
+
+    Raises DanluError as `Guesser`.
     """
-    with Engine(model, context=context, threads=threads) as engine, closing(Guesser(engine)) as guesser:
+    with ExitStack() as stack:
+        engine = stack.enter_context(Engine(model, context=context, threads=threads))
         tokens = min(tokens, engine.context // 2)
         prompt = prompt[: engine.context - tokens - 1]
-        ways: list[Callable[[], Iterator[int]]] = [
-            lambda: engine.generate(prompt, max_new_tokens=tokens),
-            lambda: guesser.generate(prompt, max_new_tokens=tokens),
+        drafts: dict[str, Path | None] = {"guessing": None} | ({} if draft is None else {"drafting": draft})
+        guessers = {name: stack.enter_context(closing(Guesser(engine, each))) for name, each in drafts.items()}
+        ways = [
+            partial(way, prompt, max_new_tokens=tokens)
+            for way in (engine.generate, *(guesser.generate for guesser in guessers.values()))
         ]
         timed = [[_timed(engine, prompt, way) for way in ways] for _ in range(repeats)]
-    (alone, guessed), answers = ([each[way][0] for each in timed] for way in (0, 1)), timed[0]
-    same = sum(one == other for one, other in zip(answers[0][1], answers[1][1], strict=True)) / tokens
     by = f"median of {repeats} answers of {tokens} tokens after {len(prompt)} of held-out text"
-    kept = f"of {guesser.tally.guessed} that were checked"
-    return {
-        "decode_alone": figure(median(alone), "token/s", min(alone), max(alone), by),
-        "decode_guessing": figure(median(guessed), "token/s", min(guessed), max(guessed), by),
-        "guesses_kept": figure(guesser.tally.kept / max(guesser.tally.guessed, 1), "share", by=kept),
-        "guessing_same_tokens": figure(same, "share", by=f"of {tokens} tokens, beside those without guesses"),
-    }
+    rates, answers = [[each[way][0] for each in timed] for way in range(len(ways))], [each[1] for each in timed[0]]
+    figures = {"decode_alone": _rate(rates[0], by)}
+    for (name, guesser), found, answer in zip(guessers.items(), rates[1:], answers[1:], strict=True):
+        kept, guesses = guesser.tally.kept, guesser.tally.guessed
+        same = sum(one == other for one, other in zip(answers[0], answer, strict=True)) / tokens
+        figures[f"decode_{name}"] = _rate(found, by)
+        figures[f"{KEPT[name]}_kept"] = figure(kept / max(guesses, 1), "share", by=f"of {guesses} that were checked")
+        beside = f"of {tokens} tokens, beside those without guesses"
+        figures[f"{name}_same_tokens"] = figure(same, "share", by=beside)
+    return figures
+
+
+def _rate(rates: Sequence[float], by: str) -> dict[str, Any]:
+    return figure(median(rates), "token/s", min(rates), max(rates), by)
 
 
 def _timed(engine: Engine, prompt: list[int], way: Callable[[], Iterator[int]]) -> tuple[float, list[int]]:

@@ -20,23 +20,25 @@ PHONES = {
 }
 
 
-def extrapolate(bits: float, share: float, device: str | None = None, gigabytes: float | None = None) -> dict[str, Any]:
+def extrapolate(bits: float, share: float, device: tuple[str, float] | None = None) -> dict[str, Any]:
     """Figures of token/s by device, each said to be an extrapolation.
 
     Args:
         bits: of a weight of this file, all that is read for a token counted.
         share: of the bandwidth measured here that decoding reaches.
-        device, gigabytes: another device, by name, and its bandwidth in GB/s.
+        device: another one: its name, and the bandwidth that its profile measured, GB/s. It stands first.
     """
-    named = PHONES | ({device or "another device": gigabytes} if gigabytes else {})
+    named = [(name, bandwidth, "by data sheet") for name, bandwidth in PHONES.items()]
+    if device is not None:
+        named.insert(0, (*device, "as its profile measured"))
     size = CLASS * bits / 8
     figures = {}
-    for name, bandwidth in named.items():
+    for name, bandwidth, source in named:
         rate = bandwidth * 1e9 * share / size
         met = "reaches" if rate >= BAR else "misses"
         by = (
             f"extrapolated, not measured: 7 billion weights of {bits:.2f} bits, {size / 1e9:.2f} GB a token, at "
-            f"{share:.0%} of {bandwidth:.1f} GB/s as reached here; {met} Canalys' {BAR:.0f} token/s"
+            f"{share:.0%}, as reached here, of {bandwidth:.1f} GB/s {source}; {met} Canalys' {BAR:.0f} token/s"
         )
         figures[name] = figure(rate, "token/s", by=by)
     return figures

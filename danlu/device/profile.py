@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from danlu.settings import Settings
 ENGINE = "llama-cpp-python"
 AGAIN = "danlu device probe --out device.json"
 DECODE = 1  # tokens computed together in decoding
+READ = 512  # tokens of a prompt computed together
 DEPTH = 128  # tokens in the cache where nothing else is said
 
 
@@ -114,6 +117,10 @@ class DeviceProfile(Settings):
         """Number formats of matrices that were measured."""
         return tuple(dict.fromkeys(rate.type for rate in self.matrices))
 
+    def knows(self, caches: Sequence[str]) -> bool:
+        """Whether looking at keys and values was measured in each of these formats."""
+        return {rate.type for rate in self.caches} >= set(caches)
+
     def matrix_seconds(self, matrix: Matrix, batch: int = DECODE) -> float:
         """Seconds that a matrix takes in a step.
 
@@ -144,6 +151,21 @@ class DeviceProfile(Settings):
         """Seconds of a step of `batch` tokens. Raises DanluError as `matrix_seconds`."""
         matrices = sum(self.matrix_seconds(matrix, batch) for matrix in workload.matrices)
         return matrices + self.rest_seconds(workload, batch, depth, cache)
+
+    def reads(self, workload: Workload, cache: str = "f16") -> bool:
+        """Whether all that `prompt_seconds` needs was measured."""
+        types = {matrix.type for matrix in workload.matrices}
+        known = {rate.type for rate in self.matrices if rate.batch == READ}
+        looked = any(rate.type == cache and rate.batch == READ for rate in self.caches)
+        return types <= known and looked and any(rest.batch == READ for rest in self.rest)
+
+    def prompt_seconds(self, workload: Workload, cache: str = "f16") -> float:
+        """Seconds of reading `READ` tokens into an empty cache. A word is chosen behind the last alone, so the head
+        takes what it takes in decoding. Raises DanluError as `matrix_seconds`."""
+        head = [matrix for matrix in workload.matrices if matrix.rows == workload.words]
+        others = replace(workload, matrices=tuple(matrix for matrix in workload.matrices if matrix not in head))
+        last = sum(self.matrix_seconds(matrix) for matrix in head)
+        return last + self.seconds_for(others, READ, READ / 2, cache)
 
 
 def _is(rate: Rate, type: str, batch: int) -> bool:

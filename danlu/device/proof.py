@@ -24,7 +24,7 @@ from danlu.device.loops import loop_rate
 from danlu.device.measure import Document, Measurement, Request, measure
 from danlu.device.phones import extrapolate
 from danlu.device.probe import instructions, processor
-from danlu.device.profile import ENGINE, DeviceProfile
+from danlu.device.profile import ENGINE, READ, DeviceProfile
 from danlu.device.settings import Target
 from danlu.device.stack import bytes_per_weight
 from danlu.device.sustained import sustained_speed
@@ -36,6 +36,17 @@ from danlu.tokenizer import Tokenizer
 
 PROMPT, DECODED = 128, 64  # tokens of a timed repeat
 BEGINNING = 32  # tokens of a document that a long answer goes on from
+TOLD = "told by"  # so begins how a figure was got that was not measured
+# What is measured and not judged: its figure, and what its line is called.
+BESIDE = {
+    "decode_here": "decoding here", "prefill": "prefill", "prefill_here": "prefill here",
+    "sustained": "sustained", "sustained_trend": "sustained, last quarter to first",
+    "divergence": "divergence", "same_top": "same top",
+    "task_rouge_l": "task, ROUGE-L", "task_rouge_l_original": "task, ROUGE-L, original",
+    "task_rouge_l_change": "task, ROUGE-L, change", "task_exact": "task, exact answers",
+    "task_exact_original": "task, exact answers, original", "task_exact_change": "task, exact answers, change",
+    "loops": "loops", "loops_original": "loops, original", "peak_memory": "peak memory",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,7 +127,9 @@ def prove(
             cache=subject.cache,
             samples=effort.resamples,
         )
-    if effort.sustained and subject.profile is None:
+    if effort.sustained and subject.profile is not None:
+        say("certify: decoding without a pause is left out: it says something only on the device itself")
+    elif effort.sustained:
         prompt = heldout[0].tokens[:BEGINNING]
         figures |= sustained_speed(
             subject.model,
@@ -126,7 +139,7 @@ def prove(
             threads=subject.threads,
             cache=subject.cache,
         )
-    phones = _phones(subject.model, measured)
+    phones = _phones(subject.model, measured, subject.profile)
     lines = _lines(target, figures)
     return {
         "passed": all(not line.short for line in lines),
@@ -182,16 +195,23 @@ def speed_and_memory(subject: Subject, documents: Sequence[Document], repeats: i
         "prefill": measured.prefill_figure(),
     }
     if subject.profile is not None:
-        figures["decode_here"] = figures["decode"]
-        figures["decode"] = told_speed(subject.profile, subject.model, subject.cache)
+        figures |= {f"{name}_here": figures.pop(name) for name in ("decode", "prefill")}
+        figures |= told_speeds(subject.profile, Workload.of_file(subject.model), subject.cache)
     return measured, figures
 
 
-def told_speed(profile: DeviceProfile, model: Path, cache: str) -> dict[str, Any]:
-    """Token/s of a file on the device of a profile, as a figure."""
-    seconds = profile.seconds_for(Workload.of_file(model), depth=PROMPT + DECODED / 2, cache=cache)
-    by = f"told by the profile of {profile.processor}, {profile.threads} threads; not measured"
-    return figure(1 / seconds, "token/s", by=by)
+def told_speeds(profile: DeviceProfile, workload: Workload, cache: str) -> Figures:
+    """Token/s of a file on the device of a profile; of reading where reading was measured there.
+
+    Raises DanluError where the profile does not know the file's formats.
+    """
+    by = f"{TOLD} the profile of {profile.processor}, {profile.threads} threads; not measured"
+    seconds = profile.seconds_for(workload, depth=PROMPT + DECODED / 2, cache=cache)
+    told = {"decode": figure(1 / seconds, "token/s", by=by)}
+    if profile.reads(workload, cache):
+        read = figure(READ / profile.prompt_seconds(workload, cache), "token/s", by=f"{by}; {READ} tokens at once")
+        told["prefill"] = read
+    return told
 
 
 def _loops(subject: Subject, documents: Sequence[Document], effort: Effort) -> Figures:
@@ -207,14 +227,15 @@ def _loops(subject: Subject, documents: Sequence[Document], effort: Effort) -> F
     }
 
 
-def _phones(model: Path, measured: Measurement) -> Figures:
-    """Canalys' line, from what is reached of this machine's bandwidth."""
+def _phones(model: Path, measured: Measurement, profile: DeviceProfile | None) -> Figures:
+    """Canalys' line, from what is reached of this machine's bandwidth; a profile's device too, where there is one."""
     matrices = Workload.of_file(model).matrices
     weights = sum(matrix.rows * matrix.columns for matrix in matrices)
     read = sum(matrix.rows * matrix.columns * bytes_per_weight(matrix.type) for matrix in matrices)
     rate = measured.decode_figure()["value"] * read
     share = float(np.clip(rate / read_bandwidth(measured.threads), 0.0, 1.0))
-    return extrapolate(8 * read / weights, share)
+    device = None if profile is None else (profile.processor, profile.bandwidth / 1e9)
+    return extrapolate(8 * read / weights, share, device)
 
 
 def _lines(target: Target, figures: Figures) -> list[Line]:
@@ -227,8 +248,7 @@ def _lines(target: Target, figures: Figures) -> list[Line]:
         loss_rise=figures["heldout_loss_rise"],
         memory_name="memory of file and cache",
     )
-    beside = ("divergence", "same_top", "peak_memory", "prefill", "loops", "loops_original", "sustained")
-    return [*judged, *(Line(name.replace("_", " "), None, figures[name]) for name in beside if name in figures)]
+    return [*judged, *(Line(words, None, figures[name]) for name, words in BESIDE.items() if name in figures)]
 
 
 def _amount(value: float, unit: str) -> str:
@@ -247,5 +267,12 @@ def in_words(certificate: dict[str, Any]) -> list[str]:
             spread = f" ({low} to {high})"
         asked = "" if line["asked"] is None else f"; asked {amount(line['asked']['value'], line['asked']['unit'])}"
         verdict = "" if line["asked"] is None else (", met" if line["passed"] else ", MISSED")
-        lines.append(f"{line['name']}: {value}{spread}{asked}{verdict}")
+        told = f"; {measured['by']}" if measured.get("by", "").startswith(TOLD) else ""
+        lines.append(f"{line['name']}: {value}{spread}{asked}{verdict}{told}")
     return lines
+
+
+def phones_in_words(certificate: dict[str, Any]) -> list[str]:
+    """Canalys' line, a line of text for each device."""
+    phones = certificate["phones"].items()
+    return [f"{name}: {each['value']:,.1f} {each['unit']}; {each['by']}" for name, each in phones]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pydantic import Field
 
 from danlu.settings import Bytes, Settings, Share
@@ -37,6 +39,17 @@ class CertifySettings(Settings):
         False,
         description="also measure what guessing ahead from the text so far gains in decoding (danlu chat --guess)",
     )
+    draft: str | None = Field(
+        None,
+        min_length=1,
+        description="a smaller GGUF with the same vocabulary: also measure what its guesses gain (danlu chat --draft)",
+    )
     parity_prompts: int = Field(20, ge=0, description="held-out prompts whose ids and greedy answers are compared")
     parity_tokens: int = Field(64, gt=0, description="tokens of each compared answer")
     resamples: int = Field(1000, ge=100, description="bootstrap resamples behind each interval")
+
+    def beside(self, folder: Path) -> CertifySettings:
+        """The same settings with a relative path starting at `folder`, say the recipe's own."""
+        if self.draft is None:
+            return self
+        return self.model_copy(update={"draft": str(folder / Path(self.draft).expanduser())})

@@ -55,13 +55,17 @@ def judge(
     Sizes and speed are judged by what was measured; the loss, an estimate, by the upper end of its interval, so that
     a pass holds with 97.5 % confidence.
     """
-    upper = loss_rise["high"] if "high" in loss_rise else loss_rise["value"]
     return [
         _at_most("file size", target.file_size, file_size, file_size["value"]),
         _at_most(memory_name, target.memory, memory, memory["value"]),
         _at_least("decoding", target.speed, decode, decode["value"]),
-        _at_most("held-out loss, rise", target.quality_loss, loss_rise, upper),
+        _at_most("held-out loss, rise", target.quality_loss, loss_rise, upper_end(loss_rise)),
     ]
+
+
+def upper_end(estimate: Figure) -> float:
+    """Of an estimate's interval; the estimate itself where it has none."""
+    return float(estimate["high"] if "high" in estimate else estimate["value"])
 
 
 def worst_miss(lines: list[Line]) -> float:

@@ -76,6 +76,18 @@ def test_a_missed_target_leaves_a_whole_certificate(
     assert certificate["figures"]["decode_guessing"]["value"] > 0 and 0 <= figures["guesses_kept"]["value"] <= 1
 
 
+def test_a_drafts_guesses_are_measured_beside_those_from_the_text(
+    stages: dict[str, Path], tuned: Checkpoint, served: Path, tmp_path: Path
+) -> None:
+    write_gguf(tuned.load(), tuned.tokenizer, tmp_path / "draft.gguf", "f16")
+    settings = SMALL.model_copy(update={"parity_prompts": 0, "draft": "draft.gguf"}).beside(tmp_path)
+    figures = certify(settings, Target(), tuned, served, stages["data"], tmp_path)
+    for name in ("decode_alone", "decode_guessing", "decode_drafting"):
+        assert figures[name]["value"] > 0 and figures[name]["unit"] == "token/s"
+    assert 0 <= figures["drafts_kept"]["value"] <= 1 and figures["drafting_same_tokens"]["value"] > 0
+    assert figures == figures | certificate_of(tmp_path)["figures"]
+
+
 def test_documents_are_those_our_model_is_scored_on(stages: dict[str, Path], tuned: Checkpoint, tmp_path: Path) -> None:
     drawn = draw_heldout(stages["data"], tuned.tokenizer, 200)
     model = tuned.load()

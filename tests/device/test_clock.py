@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from danlu.cli import app
 from danlu.device import clock
 from danlu.device.clock import probe_device
-from danlu.device.profile import CacheRate, DeviceProfile, Rate, Rest
+from danlu.device.engine import Engine
+from danlu.device.profile import READ, CacheRate, DeviceProfile, Rate, Rest
 from danlu.device.stack import Stack, bytes_per_weight, fills, layers_for, write_stack
 from danlu.device.workload import Matrix, Workload
 from danlu.errors import DanluError
@@ -53,6 +54,7 @@ def test_a_step_is_the_sum_of_its_parts() -> None:
 def test_what_was_not_measured_is_not_guessed() -> None:
     with pytest.raises(DanluError, match="says nothing of q2_k"):
         profile().matrix_seconds(Matrix("q2_k", 1, 512))
+    assert profile().knows(["f16"]) and not profile().knows(["f16", "q8_0"])
     with pytest.raises(DanluError, match="a cache of q8_0"):
         profile().rest_seconds(Workload((), 1, 64, 10), cache="q8_0")
 
@@ -101,6 +103,29 @@ def test_probing_tells_small_matrices_from_large_ones(monkeypatch: pytest.Monkey
     assert made.seconds_for(large) > 4 * made.seconds_for(small) > 0
     assert made.seconds_for(small, batch=16) > made.seconds_for(small) / 2
     assert made.word > 0 or made.rest[0].step > 0
+
+
+def test_stacks_of_narrow_matrices_have_no_more_layers_than_the_engine_takes(tmp_path: Path) -> None:
+    stack = clock._stack("q4_0", 64)
+    assert stack.layers < layers_for("q4_0", 64, clock.SIZE)
+    write_stack(stack, tmp_path / "stack.gguf")
+    with Engine(tmp_path / "stack.gguf", context=64, threads=1) as engine:
+        assert len(list(engine.generate([1, 2], max_new_tokens=2))) == 2
+
+
+def test_reading_a_prompt_is_told_where_it_was_measured() -> None:
+    work = Workload((Matrix("q4_0", 10, 500), Matrix("q4_0", 1000, 500)), layers=3, attention=64, words=1000)
+    known = profile()
+    assert not known.reads(work)
+    rates = (*known.matrices, Rate(type="q4_0", columns=500, batch=READ, seconds=1e-7))
+    rest = (*known.rest, Rest(batch=READ, layer=1e-3, step=2e-3))
+    caches = (*known.caches, CacheRate(type="f16", batch=READ, seconds=1e-10))
+    told = profile(matrices=rates, rest=rest, caches=caches)
+    parts = 10 * 500 * 1e-7 + 1000 * 500 * 2e-9 + 2e-3 + 3 * 1e-3 + 1000 * 1e-9 + READ * READ / 2 * 3 * 64 * 1e-10
+    assert told.reads(work) and told.prompt_seconds(work) == pytest.approx(parts), (
+        "the head behind the last token alone"
+    )
+    assert not told.reads(work, "q8_0")
 
 
 @pytest.mark.parametrize("words", [("device", "probe"), ("plan", "--probe")])

@@ -47,3 +47,4 @@ def test_what_it_gains_is_measured(smollm2: Path, engine: Engine) -> None:
     assert made["decode_alone"]["value"] > 0 and made["decode_guessing"]["unit"] == "token/s"
     assert made["guessing_same_tokens"]["value"] == 1.0
     assert 0 <= made["guesses_kept"]["value"] <= 1
+    assert not any(name.startswith("draft") for name in made)

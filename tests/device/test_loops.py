@@ -52,7 +52,8 @@ def test_speed_without_a_pause_says_its_trend(file: Path) -> None:
 
 
 def test_an_extrapolation_is_a_share_of_the_bandwidth_and_says_so() -> None:
-    found = extrapolate(4.5, 0.8, "a board", 40.0)
-    assert set(found) == {*PHONES, "a board"}
+    found = extrapolate(4.5, 0.8, ("a board", 40.0))
+    assert set(found) == {*PHONES, "a board"} and set(extrapolate(4.5, 0.8)) == set(PHONES)
+    assert "40.0 GB/s as its profile measured" in found["a board"]["by"]
     assert found["a board"]["value"] == pytest.approx(0.8 * 40e9 / (7e9 * 4.5 / 8))
     assert all("not measured" in each["by"] for each in found.values())

@@ -9,7 +9,7 @@ import pytest
 from danlu.artifact import figure
 from danlu.device.certify import missed
 from danlu.device.settings import Target
-from danlu.device.verdict import judge, worst_miss
+from danlu.device.verdict import judge, upper_end, worst_miss
 
 MEASURED = {
     "file_size": figure(105e6, "byte"),
@@ -49,6 +49,10 @@ def test_the_loss_is_judged_by_the_upper_end() -> None:
     assert only_miss(quality_loss="2%"), "1.5% was measured, but up to 2.5% is likely"
     single = MEASURED | {"loss_rise": figure(0.015, "share")}  # one document: no interval
     assert not any(line.short for line in judge(Target(quality_loss="2%"), **single))
+
+
+def test_the_upper_end_of_what_has_no_interval_is_itself() -> None:
+    assert upper_end(figure(0.015, "share", 0.01, 0.025)) == 0.025 and upper_end(figure(0.015, "share")) == 0.015
 
 
 def test_the_worst_line_counts() -> None:

@@ -13,16 +13,15 @@ from danlu.compress.searching.allocate import excess, solve
 from danlu.compress.searching.asked import Asked
 from danlu.compress.searching.costs import BYTES, DIVERGENCE, SECONDS, Costs
 from danlu.compress.searching.outcome import Outcome, Told, choose
+from danlu.compress.searching.rise import Rise
 from danlu.compress.searching.settings import Preference
-from danlu.compress.searching.starts import WHOLE, Start
-from danlu.device.engine import CACHES
+from danlu.compress.searching.starts import Start, of_start
 from danlu.device.stack import bytes_per_weight
 from danlu.device.verdict import amount, worst_miss
 from danlu.errors import DanluError
 
 CLOCK_DOUBT = 1.15  # a speed further than this beyond what is told as possible is refused before the work
 ROOM = 0.995  # of a limit that a choice may take: what is told is not exact
-LOSS = 2.5  # nat a token, of a model whose own is not measured yet
 LEAST = 0.2  # of what is measured that rounding has brought in any case
 FIGURES: dict[Preference, int] = {"best": DIVERGENCE, "smallest": BYTES, "fastest": SECONDS}
 
@@ -48,22 +47,19 @@ class Mix:
         return (self.start.name, self.forms, self.cache) == (outcome.start, outcome.forms, outcome.cache)
 
 
-def best_mix(
-    asked: Asked, starts: Sequence[Start], caches: Mapping[str, float], loss: float | None, rise: float
-) -> Mix:
+def best_mix(asked: Asked, starts: Sequence[Start], caches: Mapping[str, float], rise: Rise) -> Mix:
     """The best of all models, formats and caches.
 
     Args:
         starts: models to choose from.
         caches: the divergence that each format of keys and values brings.
-        loss: the original's, nat a token; None where it is not known yet.
-        rise: of the loss, nat for each nat of divergence.
+        rise: of the loss with the divergence.
     """
     smallest = FIGURES[asked.prefer]
     found: list[tuple[bool, float, Mix]] = []
     for start, cache in product(starts, caches):
         costs, choices, own = start.costs, start.costs.choices(), start.own + caches[cache]
-        limits = _limits(asked, costs, cache, own, loss, rise)
+        limits = _limits(asked, costs, cache, own, rise)
         answer = solve(choices, limits, smallest)
         forms = choices.named(answer.chosen)
         told = costs.told(forms, cache, own)
@@ -75,9 +71,7 @@ def best_mix(
     return min(found, key=lambda each: each[:2])[2]
 
 
-def _limits(
-    asked: Asked, costs: Costs, cache: str, own: float, loss: float | None, rise: float
-) -> tuple[float, float, float]:
+def _limits(asked: Asked, costs: Costs, cache: str, own: float, rise: Rise) -> tuple[float, float, float]:
     """Of divergence, bytes and seconds of matrices."""
     target, context = asked.target, asked.context
     sizes = [] if target.memory is None else [target.memory - costs.cache_bytes(cache, context)]
@@ -86,26 +80,7 @@ def _limits(
     seconds = np.inf if target.speed is None else ROOM / target.speed - costs.rest_seconds(cache)
     if target.quality_loss is None or asked.prefer == "best":
         return np.inf, room, seconds  # the least divergence is wanted in any case
-    return max(most_divergence(target.quality_loss, loss, rise) - own, 1e-9), room, seconds
-
-
-def most_divergence(quality_loss: float, loss: float | None, rise: float) -> float:
-    """The divergence, nat a token, that brings a rise of the loss by a share. See `best_mix`."""
-    return quality_loss * (LOSS if loss is None else loss) / rise
-
-
-def rise_by_divergence(outcomes: Sequence[Outcome]) -> float:
-    """How many nat the loss rises for each nat of divergence; 1 where the text is the model's own."""
-    rates = [
-        each.value("heldout_loss_rise") * each.value("heldout_loss_original") / max(each.value("divergence"), 1e-9)
-        for each in outcomes
-    ]
-    return float(np.clip(median(rates), 0.3, 3.0)) if rates else 1.0
-
-
-def loss_of(outcomes: Sequence[Outcome]) -> float | None:
-    """The original's, nat a token; None where nothing was measured yet."""
-    return median([each.value("heldout_loss_original") for each in outcomes]) if outcomes else None
+    return max(rise.most_divergence(target.quality_loss) - own, 1e-9), room, seconds
 
 
 def most_own(asked: Asked, outcomes: Sequence[Outcome]) -> float:
@@ -116,11 +91,26 @@ def most_own(asked: Asked, outcomes: Sequence[Outcome]) -> float:
     """
     if asked.prefer != "best":
         allowed = asked.target.quality_loss
-        return np.inf if allowed is None else most_divergence(allowed, loss_of(outcomes), rise_by_divergence(outcomes))
-    if not outcomes:
+        return np.inf if allowed is None else rise_of(asked, outcomes).most_divergence(allowed)
+    if not able(asked, outcomes):
         return np.inf
-    best = choose(outcomes, asked.target, asked.prefer)
+    best = best_of(asked, outcomes)
     return np.inf if worst_miss(best.lines(asked.target)) else best.value("divergence")
+
+
+def rise_of(asked: Asked, outcomes: Sequence[Outcome]) -> Rise:
+    """How the loss rises with the divergence, as far as these files tell."""
+    return Rise.of(outcomes, asked.settings.chosen_tokens)
+
+
+def able(asked: Asked, outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Those that may be chosen: what was made for another call may hold keys and values as this one does not want."""
+    return [each for each in outcomes if asked.may_hold(each.cache)]
+
+
+def best_of(asked: Asked, outcomes: Sequence[Outcome]) -> Outcome:
+    """The best of those that may be chosen, of which there is one: see `choose`."""
+    return choose(able(asked, outcomes), asked.target, asked.prefer)
 
 
 def correct(starts: Mapping[str, Start], caches: Mapping[str, float], outcomes: Sequence[Outcome]) -> dict[str, Start]:
@@ -153,33 +143,30 @@ def check_possible(asked: Asked, models: Mapping[str, Costs]) -> None:
     Args: models: by name.
     """
     target, context = asked.target, asked.context
-    cache = min(asked.settings.caches, key=bytes_per_weight)
+    cache = min(asked.caches, key=bytes_per_weight)
     files = {name: _least(costs, BYTES) + costs.fixed for name, costs in models.items()}
     held = {name: files[name] + costs.cache_bytes(cache, context) for name, costs in models.items()}
-    speeds = {name: 1 / (_least(costs, SECONDS) + costs.rest_seconds(CACHES[0])) for name, costs in models.items()}
+    rest = {name: min(map(costs.rest_seconds, asked.caches)) for name, costs in models.items()}
+    speeds = {name: 1 / (_least(costs, SECONDS) + rest[name]) for name, costs in models.items()}
     smallest, fastest = min(held, key=held.__getitem__), max(speeds, key=speeds.__getitem__)
     least, most, speed = files[smallest], held[smallest], speeds[fastest]
     short = []
     if target.memory is not None and most > target.memory:
         parts = f"{amount(least, 'byte')} of file, the rest for {context:,} tokens of keys and values as {cache}"
         wanted = f"{amount(target.memory, 'byte')} is asked"
-        short.append(f"memory: the smallest mix{_of(smallest)} takes {amount(most, 'byte')}, {parts}; {wanted}")
+        short.append(f"memory: the smallest mix{of_start(smallest)} takes {amount(most, 'byte')}, {parts}; {wanted}")
     if target.file_size is not None and min(files.values()) > target.file_size:
         asked_for = amount(target.file_size, "byte")
         short.append(f"file: the smallest mix takes {amount(min(files.values()), 'byte')}; {asked_for} is asked")
     if target.speed is not None and speed * CLOCK_DOUBT < target.speed:
         wanted = f"{target.speed:,.0f} is asked"
-        short.append(f"speed: the fastest mix{_of(fastest)} is told to make {speed:,.0f} token/s; {wanted}")
+        short.append(f"speed: the fastest mix{of_start(fastest)} is told to make {speed:,.0f} token/s; {wanted}")
     if short:
         raise DanluError(
             "no mix of these formats can meet the target:" + "".join(f"\n  {each}" for each in short),
             where=asked.checkpoint.path,
             fix="ask for less, a shorter --context or smaller --types, or prune first: danlu compress vocabulary",
         )
-
-
-def _of(name: str) -> str:
-    return "" if name == WHOLE else f" of {name}"
 
 
 def _least(costs: Costs, figure: int) -> float:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from danlu.artifact import Figures, figure, write_json
+from danlu.artifact import Figures, write_json
 from danlu.compress.searching.costs import Told
 from danlu.compress.searching.settings import Preference
 from danlu.device.settings import Target
@@ -55,15 +55,13 @@ class Outcome:
         return float(self.figures[name]["value"])
 
     def lines(self, target: Target) -> list[Line]:
-        """Of the target. The loss is judged by what was measured, as candidates are compared on a text of their own;
-        the certificate judges it by the interval's upper end."""
-        rise = figure(self.value("heldout_loss_rise"), "share")
+        """Of the target, judged as the certificate judges them: the loss by its interval's upper end."""
         return judge(
             target,
             file_size=self.figures["file_size"],
             memory=self.figures["memory"],
             decode=self.figures["decode"],
-            loss_rise=rise,
+            loss_rise=self.figures["heldout_loss_rise"],
             memory_name="memory of file and cache",
         )
 

@@ -25,7 +25,7 @@ from danlu.compress.quantizing.formats.grid import inverse
 from danlu.compress.quantizing.formats.known import Format, fitting, format_of
 from danlu.compress.quantizing.formats.plain import Q4_0
 from danlu.compress.quantizing.held import SAME
-from danlu.compress.quantizing.mixes import head_of, matrices
+from danlu.compress.quantizing.mixes import PLAIN, head_of, matrices
 from danlu.compress.walk import Walk
 from danlu.console import progress
 from danlu.errors import DanluError
@@ -36,7 +36,7 @@ EMBEDDING = "embedding.tokens.weight"
 SAMPLE = 24  # rows of a matrix that are rounded to tell its error
 WORDS = 64  # rows of the embedding and head
 
-INPUT_BLOCKS = (32, 256)  # numbers that share a step, in inputs as in the weights of a format
+INPUT_BLOCKS = (32, 256)  # numbers that share a step in inputs: for K-types and TQ2_0 as in weights, else 32
 INPUT_LEVELS = 127  # of such a number, on either side of 0
 
 Losses = dict[str, dict[str, float]]  # matrix -> format -> divergence, nat a token
@@ -87,7 +87,15 @@ class _Outputs:
     def of_inputs(self, name: str, types: Sequence[str], columns: int) -> dict[str, float]:
         """What rounding a layer's inputs costs in each format, nat a token; nothing where rows are only looked up."""
         sums = self.inputs.get(name, dict.fromkeys(INPUT_BLOCKS, 0.0))
-        return {kind: 0.5 / self.tokens * sums[form.block] for kind, form in formats(types, columns).items()}
+        return {
+            kind: 0.0 if form is None else 0.5 / self.tokens * sums[input_block(form)]
+            for kind, form in formats(types, columns).items()
+        }
+
+
+def input_block(form: Format) -> int:
+    """Numbers that share a step in what llama.cpp multiplies such a matrix with."""
+    return max(block for block in INPUT_BLOCKS if form.block % block == 0)
 
 
 def input_errors(x: Tensor, block: int) -> Tensor:
@@ -106,7 +114,7 @@ def sensitivities(checkpoint: Checkpoint, rows: Tensor, types: Sequence[str], se
     Args:
         checkpoint: a decoder without experts.
         rows: calibration tokens, int64 [rows, T].
-        types: formats to try; where rows of a matrix do not fill their blocks, what stands in (formats/known.py).
+        types: formats to try; where rows of a matrix do not fill their blocks, what stands in: see `formats`.
         seed: of the words and rows drawn.
 
     Returns: both by the matrix's name, then by the format it would really get.
@@ -147,10 +155,13 @@ def sensitivities(checkpoint: Checkpoint, rows: Tensor, types: Sequence[str], se
     return Sensitivities(found, inputs)
 
 
-def formats(types: Sequence[str], columns: int) -> dict[str, Format]:
-    """What matrices of so many columns can get of these types, by its name; stand-ins among them."""
+def formats(types: Sequence[str], columns: int) -> dict[str, Format | None]:
+    """What matrices of so many columns can get of these types, by its name; stand-ins among them (formats/known.py).
+
+    Rows that fill no format's blocks stay as they are: PLAIN, which is None.
+    """
     fit = (fitting(format_of(type), columns) for type in types)
-    return {form.kind.name.lower(): form for form in fit if form is not None}
+    return {form.kind.name.lower(): form for form in fit if form is not None} or {PLAIN: None}
 
 
 def _by_column(inputs: Inputs) -> Tensor:
@@ -193,8 +204,9 @@ def _losses(drawn: Mapping[str, _Drawn], types: Sequence[str]) -> Losses:
     for columns in {each.rows.shape[1] for each in drawn.values()}:
         alike = {name: each for name, each in drawn.items() if each.rows.shape[1] == columns}
         for kind, form in formats(types, columns).items():
-            for name, lost in zip(alike, _lost(list(alike.values()), form), strict=True):
-                found[name][kind] = lost
+            lost = [0.0] * len(alike) if form is None else _lost(list(alike.values()), form)
+            for name, each in zip(alike, lost, strict=True):
+                found[name][kind] = each
     return found
 
 

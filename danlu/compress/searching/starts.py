@@ -58,6 +58,11 @@ def name_of(shape: Shape) -> str:
     return ",".join(f"{name}={count}" for name, count in asdict(shape).items() if count is not None)
 
 
+def of_start(name: str) -> str:
+    """In a sentence: of which model; nothing for the model as it is."""
+    return "" if name == WHOLE else f" of {name}"
+
+
 def smaller_shapes(config: ModelConfig, pruning: Sequence[str]) -> dict[str, Shape]:
     """The smaller models that are looked at, by their names.
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
-from danlu.compress.quantizing.formats.known import format_of
+from danlu.compress.quantizing.formats.known import FORMATS, format_of
 from danlu.compress.searching.settings import BEST, FAST, SearchSettings
 from danlu.compress.searching.starts import AUTO, NONE, read_shape
+from danlu.device.engine import CACHES
 from danlu.device.settings import Target
 from danlu.errors import DanluError
 
@@ -43,11 +44,11 @@ def read_settings(fast: bool, best: bool, wishes: Mapping[str, Any]) -> SearchSe
         raise DanluError("--fast and --best exclude each other", where="danlu compress")
     chosen: dict[str, Any] = dict(FAST if fast else BEST if best else {})
     chosen |= {name: value for name, value in wishes.items() if value is not None}
-    for name in ("types", "caches"):
-        if isinstance(chosen.get(name), str):
-            chosen[name] = tuple(part.strip().lower() for part in chosen[name].split(",") if part.strip())
+    for name, known in (("types", tuple(FORMATS)), ("caches", CACHES)):
+        if name in chosen:
+            chosen[name] = _listed(chosen[name], f"--{name}", known)
     for type in chosen.get("types", ()):
-        format_of(type)
+        format_of(type, "--types")
     for text in chosen.get("pruning", ()):
         if text not in (AUTO, NONE):
             read_shape(text)
@@ -56,3 +57,11 @@ def read_settings(fast: bool, best: bool, wishes: Mapping[str, Any]) -> SearchSe
     except ValidationError as error:
         first = error.errors()[0]
         raise DanluError(first["msg"], where=f"--{str(first['loc'][0]).replace('_', '-')}") from None
+
+
+def _listed(text: str, where: str, known: Sequence[str]) -> tuple[str, ...]:
+    """Names between commas. Raises DanluError where there is none."""
+    names = tuple(part.strip().lower() for part in text.split(",") if part.strip())
+    if not names:
+        raise DanluError(f"{text!r} names no number format", where=where, fix=f"known: {', '.join(known)}")
+    return names

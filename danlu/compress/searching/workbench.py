@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from danlu.artifact import write_json
 from danlu.compress.quantizing.mixes import matrices, matrices_of
 from danlu.compress.quantizing.quantizer import calibration_rows, quantize_model
 from danlu.compress.searching.asked import Asked, parts
-from danlu.compress.searching.choice import Mix, best_mix, correct, loss_of, most_own, rise_by_divergence
+from danlu.compress.searching.choice import Mix, able, best_mix, best_of, correct, most_own, rise_of
 from danlu.compress.searching.costs import Costs
-from danlu.compress.searching.outcome import Outcome, choose
+from danlu.compress.searching.outcome import Outcome
 from danlu.compress.searching.sensitivity import Sensitivities, formats, sensitivities
 from danlu.compress.searching.starts import WHOLE, Start, read_shape, smaller_config, smaller_shapes, write_smaller
 from danlu.console import say, warn
@@ -89,9 +89,8 @@ class Bench:
         return kept[name]
 
     def caches(self) -> dict[str, float]:
-        """The divergence that each format of keys and values brings, measured with the original's weights; of F16
-        alone where no memory is limited."""
-        wanted = self.asked.settings.caches if self.asked.target.memory is not None else CACHES[:1]
+        """The divergence that each format of keys and values brings, measured with the original's weights."""
+        wanted = self.asked.caches
         kept = {CACHES[0]: 0.0} | self._kept(KEPT_CACHES)
         for cache in wanted:
             if cache not in kept:
@@ -119,19 +118,22 @@ class Bench:
     def possible(self) -> dict[str, Costs]:
         """Sizes and times, and no divergence, of the model and of all smaller ones that may be made of it."""
         whole = self.start(WHOLE).costs
-        return {WHOLE: whole} | {name: whole.of_config(self._config(name), self.asked.types) for name in self.shapes}
+        smaller = {name: config for name, config in self.configs().items() if name != WHOLE}
+        return {WHOLE: whole} | {name: whole.of_config(config, self.asked.types) for name, config in smaller.items()}
 
-    def _config(self, name: str) -> ModelConfig:
-        return smaller_config(self.asked.checkpoint.config, self.shapes[name])
+    def configs(self) -> dict[str, ModelConfig]:
+        """Of the model and of all smaller ones that may be made of it, by name."""
+        whole = self.asked.checkpoint.config
+        return {WHOLE: whole} | {name: smaller_config(whole, shape) for name, shape in self.shapes.items()}
 
     def _profile(self) -> DeviceProfile:
         """The one given; else this device is measured, for the matrices of this model alone."""
         if self.asked.profile is not None:
             return self.asked.profile
         kept, settings = self.work / PROFILE, self.asked.settings
-        if not kept.is_file():
+        if not kept.is_file() or not DeviceProfile.load(kept).knows(self.asked.caches):
             columns = _columns(self.asked.checkpoint.config)
-            every = columns.union(*map(_columns, map(self._config, self.shapes)))
+            every = columns.union(*map(_columns, self.configs().values()))
             types = {form for width in every for form in formats(self.asked.types, width)}
             probe_device(
                 sorted(types),
@@ -145,33 +147,37 @@ class Bench:
 
     # What is made and measured
 
-    def run(self) -> list[Outcome]:
-        """Choose, make, measure, correct, until nothing new is chosen or the time is over; Ctrl-C ends it too."""
+    def run(self, show: Callable[[list[Outcome]], None]) -> list[Outcome]:
+        """Choose, make, measure, correct, until nothing new is chosen or the time is over; Ctrl-C ends it too.
+
+        Args: show: is given what was made so far, after each file.
+        """
         settings = self.asked.settings
         found = sorted(self.work.glob("[0-9]*.json"), key=lambda path: int(path.stem))
         outcomes = [Outcome.load(path) for path in found]
         try:
-            while self._tries(outcomes) < settings.candidates and not (outcomes and self._is_late()):
+            while self._tries(outcomes) < settings.candidates and not (able(self.asked, outcomes) and self._is_late()):
                 mix = self._next(outcomes)
                 if mix is None:
                     break
                 outcomes.append(self._make(len(outcomes), mix))
                 self._tell(outcomes)
+                show(outcomes)
         except KeyboardInterrupt:
-            if not outcomes:
+            if not able(self.asked, outcomes):
                 raise
             warn("stopped: the best so far is kept and certified; press Ctrl-C again to leave without that")
         return outcomes
 
     def _tries(self, outcomes: Sequence[Outcome]) -> int:
-        return sum(each.limits == self.asked.limits for each in outcomes)
+        return sum(each.limits == self.asked.limits for each in able(self.asked, outcomes))
 
     def _is_late(self) -> bool:
         return time.monotonic() - self.started > 60 * self.asked.settings.minutes
 
     def _tell(self, outcomes: Sequence[Outcome]) -> None:
         newest = outcomes[-1]
-        best = choose(outcomes, self.asked.target, self.asked.prefer)
+        best = best_of(self.asked, outcomes)
         say(f"search: candidate {newest.number + 1} ({newest.start}): {newest.words}; best so far: {best.number + 1}")
 
     def corrected(self, outcomes: Sequence[Outcome], names: Sequence[str] = ()) -> dict[str, Start]:
@@ -182,7 +188,7 @@ class Bench:
 
     def best(self, starts: Sequence[Start], outcomes: Sequence[Outcome]) -> Mix:
         """The best mix of these models. See `best_mix`."""
-        return best_mix(self.asked, starts, self.caches(), loss_of(outcomes), rise_by_divergence(outcomes))
+        return best_mix(self.asked, starts, self.caches(), rise_of(self.asked, outcomes))
 
     def _next(self, outcomes: Sequence[Outcome]) -> Mix | None:
         """The best mix, if it was not made yet. Smaller models are looked at once there is something to beat, or where

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ pytest.importorskip("llama_cpp", reason="the extra danlu[device] is not installe
 
 from danlu.compress.quantizing.mixes import matrices
 from danlu.compress.quantizing.quantizer import calibration_rows
+from danlu.compress.searching import search as searching
 from danlu.compress.searching import workbench
 from danlu.compress.searching.frontier import print_frontier
 from danlu.compress.searching.search import Asked, search
@@ -98,6 +100,11 @@ def test_everything_is_written_and_nothing_left(found: tuple[Path, dict[str, Any
     assert any("asked" in line and "met" in line for line in in_words(frontier["certificate"]))
 
 
+def test_the_users_own_measure_stands_among_the_lines(found: tuple[Path, dict[str, Any]]) -> None:
+    names = [line["name"] for line in found[1]["certificate"]["lines"]]
+    assert {"task, ROUGE-L", "task, ROUGE-L, original", "task, exact answers, change", "decoding here"} <= set(names)
+
+
 def test_the_page_shows_it(found: tuple[Path, dict[str, Any]]) -> None:
     pytest.importorskip("matplotlib", reason="the extra danlu[report] is not installed")
     page = render(found[1], "a <model>")
@@ -142,6 +149,37 @@ def test_a_search_that_is_stopped_keeps_the_best_and_goes_on(
     once = replace(loose, target=tighter, settings=loose.settings.model_copy(update={"candidates": 1}))
     measured = search(once, tmp_path / "out")["measured"]
     assert [each["chosen"] for each in measured] == [False, True], "what was made for other limits is no try at these"
+
+
+def test_the_frontier_is_there_as_it_grows_and_is_not_taken_for_finished(
+    asked: Asked,
+    found: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    out, shown = tmp_path / "out", []
+    shutil.copytree(found[0], out)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(searching, "prove", killed)
+        tighter = read_target(memory=f"{0.9 * float(asked.target.memory or 0):.0f}")
+        search(replace(asked, target=tighter), out, shown.append)
+    before = len(found[1]["measured"])
+    assert [len(each["measured"]) for each in shown] == list(range(before + 1, before + 1 + len(shown))) and shown
+    grown = json.loads((out / "frontier.json").read_text())
+    assert grown == shown[-1] and grown["finished"] is False and grown["certificate"] is None
+    assert (out / "model.gguf").is_file(), "the last whole result stays until there is another"
+    assert not (out / "card.json").exists(), "which signed another frontier"
+    pytest.importorskip("matplotlib", reason="the extra danlu[report] is not installed")
+    page = render(grown, "a model")
+    assert "not finished" in page and "<svg" in page and "the target</strong>" not in page
+
+    again = search(asked, out)
+    assert "finished already" not in capsys.readouterr().err
+    assert again["finished"] and again["certificate"]["passed"] and (out / "card.json").is_file()
 
 
 def test_texts_that_are_not_apart_are_refused(asked: Asked, tmp_path: Path) -> None:

@@ -22,12 +22,15 @@ STAND_INS = {
 }  # fmt: skip
 
 
-def format_of(name: str) -> Format:
-    """By GGML's name, in any case. Raises DanluError with the nearest names where there is none."""
+def format_of(name: str, where: str = "--type") -> Format:
+    """By GGML's name, in any case. Raises DanluError with the nearest names where there is none.
+
+    Args: where: what the name was given as.
+    """
     found = FORMATS.get(name.lower())
     if found is None:
         fix = one_of(name.lower(), list(FORMATS))
-        raise DanluError(f"weights cannot be rounded to {name}", where="--type", fix=fix)
+        raise DanluError(f"weights cannot be rounded to {name}", where=where, fix=fix)
     return found
 
 
