@@ -127,23 +127,24 @@ class Progress:
     """How far a run is, besides its tensors: what a checkpoint's small values hold."""
 
     def __init__(self) -> None:
+        self.loss: float | None = None
+        self.validated: float | None = None
         self.best: float | None = None
         self.worse = 0
-        self.validated: list[tuple[int, float]] = []
 
-    def observe(self, step: int, loss: float) -> None:
-        self.validated.append((step, loss))
+    def observe(self, loss: float) -> None:
+        self.validated = loss
         if self.best is None or loss < self.best:
             self.best, self.worse = loss, 0
         else:
             self.worse += 1
 
     def state(self) -> dict[str, Any]:
-        return {"best": self.best, "worse": self.worse, "validated": self.validated}
+        return {"loss": self.loss, "measured": self.validated, "best": self.best, "worse": self.worse}
 
     def load(self, saved: dict[str, Any]) -> None:
         self.best, self.worse = saved["best"], saved["worse"]
-        self.validated = [(int(step), float(loss)) for step, loss in saved["validated"]]
+        self.loss, self.validated = saved.get("loss"), saved.get("measured")  # earlier checkpoints have neither
 
 
 @dataclass(frozen=True)
@@ -152,15 +153,16 @@ class Done:
 
     Attributes:
         steps: that were done.
-        losses: of every step in nat/token, resumed ones included.
-        validated: (step, loss) of every validation.
+        loss: of the last step in nat/token; None where there was none. metrics.jsonl has those of all steps.
+        validated, best: the last validation's loss, and the lowest of all; None where there was none.
         why: "finished", "stopped" (asked to), or "early" (no better for too long).
         quality: what the last validation found besides the loss.
     """
 
     steps: int
-    losses: list[float]
-    validated: list[tuple[int, float]]
+    loss: float | None
+    validated: float | None
+    best: float | None
     why: str
     quality: dict[str, float] = field(default_factory=dict)
 
@@ -319,7 +321,7 @@ def _go_on(run: Run, done: int, noted: Progress) -> Done:
         model.train()
     bar = progress(run.label, run.steps - done, "steps") if first else nullcontext(None)
     run.replica.clock.take()  # of a try before this one
-    with Watch(run.out, done, run.label, writes=first) as watch, bar as tick:
+    with Watch(run.out, done, run.label) if first else nullcontext(None) as watch, bar as tick:
         for step in range(done, run.steps):
             record, stop = _step(run, step)
             done = step + 1
@@ -331,7 +333,9 @@ def _go_on(run: Run, done: int, noted: Progress) -> Done:
                 if run.validation.patience is not None and noted.worse > run.validation.patience:
                     why = "early"
                     run.finish()
-            watch.record(record)
+            noted.loss = record.loss
+            if watch is not None:
+                watch.record(record)
             if tick is not None:
                 tick.advance(1, f"loss {record.loss:.3f}, {record.tokens_per_second:,.0f} token/s")
             if stop:
@@ -345,10 +349,9 @@ def _go_on(run: Run, done: int, noted: Progress) -> Done:
                 break
         run.checkpoints.wait()
     assert saved == done or done == 0
-    measured = [*noted.validated]
-    if last is not None and measured[-1:] != [(done, last)] and done == run.steps:
-        measured.append((done, last))
-    return Done(done, watch.losses, measured, why, quality)
+    validated = noted.validated if last is None else last
+    best = min((loss for loss in (noted.best, last) if loss is not None), default=None)
+    return Done(done, noted.loss, validated, best, why, quality)
 
 
 def _step(run: Run, step: int) -> tuple[Record, bool]:
@@ -467,7 +470,7 @@ def _validate(run: Run, step: int, noted: Progress) -> tuple[float, dict[str, fl
     for model in run.replica.models:
         model.train()
     if step % run.validation.every == 0:  # what only ends a run leaves no trace in one that goes on
-        noted.observe(step, loss)
+        noted.observe(loss)
         run.validation.observe(loss)
     if run.mesh.rank == 0:
         shown = "".join(f", {name} {value:.4f}" for name, value in quality.items())

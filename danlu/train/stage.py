@@ -26,6 +26,7 @@ from danlu.train.compiling import choose_compile, parameters
 from danlu.train.loop import Run, Turn, train
 from danlu.train.memory import kept_memory
 from danlu.train.mesh import Mesh
+from danlu.train.metrics import METRICS, read_back
 from danlu.train.notes import read_note
 from danlu.train.objective import next_token
 from danlu.train.optimizer import Optimizer, masters_of
@@ -87,7 +88,7 @@ def tune(settings: TuneSettings, base: Checkpoint, data: Path, out: Path, seed: 
             out=out,
             label="tune",
         )
-        losses = train(run).losses
+        train(run)
     learned = {name: tensor.detach() for name, tensor in optimizer.masters.items()}
     del model, optimizer, replica, run
     finished = _finished(settings, base, learned, seed)
@@ -95,7 +96,7 @@ def tune(settings: TuneSettings, base: Checkpoint, data: Path, out: Path, seed: 
         save_adapter(finished, out / "adapter", base=str(base.path))
         merge_lora(finished)
     save_checkpoint(finished, base.tokenizer, out / "model")
-    return _figures(out, losses, steps, trainable, time.perf_counter() - started) | {
+    return _figures(out, steps, trainable, time.perf_counter() - started) | {
         "method": settings.method,
         "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
         "compiled": compiled,
@@ -173,8 +174,9 @@ def _finished(settings: TuneSettings, base: Checkpoint, learned: dict[str, torch
     return model
 
 
-def _figures(out: Path, losses: list[float], steps: int, trainable: int, seconds: float) -> dict[str, Any]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+def _figures(out: Path, steps: int, trainable: int, seconds: float) -> dict[str, Any]:
+    lines = [*read_back(out / METRICS)][::-1]
+    losses = [line["loss"] for line in lines]
     tenth = max(1, len(losses) // 10)
     return {
         "loss_first": figure(statistics.fmean(losses[:tenth]), "nat/token", by=f"mean of the first {tenth} steps"),

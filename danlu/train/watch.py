@@ -17,6 +17,7 @@ from torch.profiler import record_function
 
 from danlu.artifact import peak_memory
 from danlu.console import say
+from danlu.train.metrics import METRICS, cut_back
 
 MARK = "phase of a step: "
 
@@ -74,28 +75,19 @@ class Watch:
         out: gets the files.
         done: steps done before.
         label: the group of TensorBoard's curves.
-        writes: False on all processes but the first, which keep the losses and write nothing.
     """
 
-    def __init__(self, out: Path, done: int, label: str = "tune", writes: bool = True) -> None:
-        self.label, self.file, self.board = label, None, None
-        path = out / "metrics.jsonl"
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= done]
-        self.losses = [json.loads(line)["loss"] for line in kept]
-        if writes:
-            out.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(".aside")
-            aside.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            aside.replace(path)
-            self.file = path.open("a", encoding="utf-8")
-            self.board = _board(out / "tensorboard", done, label)
+    def __init__(self, out: Path, done: int, label: str = "tune") -> None:
+        self.label = label
+        out.mkdir(parents=True, exist_ok=True)
+        cut_back(out / METRICS, done)
+        self.file = (out / METRICS).open("a", encoding="utf-8")
+        self.board = _board(out / "tensorboard", done, label)
 
     def record(self, record: Record) -> None:
         """Write one step down; it is on its way to the disk when this returns."""
-        self.losses.append(record.loss)
-        if self.file is not None:
-            self.file.write(json.dumps(record.plain()) + "\n")
-            self.file.flush()
+        self.file.write(json.dumps(record.plain()) + "\n")
+        self.file.flush()
         if self.board is not None:
             for name in ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "mfu", "validation"):
                 value = getattr(record, name)
@@ -108,8 +100,7 @@ class Watch:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.file is not None:
-            self.file.close()
+        self.file.close()
         if self.board is not None:
             self.board.close()
 
@@ -150,12 +141,6 @@ class Clock:
 def memory_in_use(device: torch.device) -> int:
     """The most bytes that this process has held: on its accelerator if it has one, else in RAM."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """The lines that were written to their end; a kill may have cut the last one short."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return text.split("\n")[:-1]
 
 
 def _board(home: Path, done: int, label: str) -> Any:

@@ -350,11 +350,6 @@ def _tell(run: Run, config: AnyConfig, dtype: torch.dtype) -> None:
 
 def _summary(home: Path, done: Done, run: Run) -> dict[str, Any]:
     found: dict[str, Any] = {"out": str(home), "steps": done.steps, "ended": done.why, "plan": run.mesh.plan.short()}
-    if done.losses:
-        found["loss"] = done.losses[-1]
-    if done.validated:
-        found["validation_loss"], found["best_validation_loss"] = (
-            done.validated[-1][1],
-            min(loss for _, loss in done.validated),
-        )
+    told = {"loss": done.loss, "validation_loss": done.validated, "best_validation_loss": done.best}
+    found |= {name: loss for name, loss in told.items() if loss is not None}
     return found | done.quality

@@ -162,7 +162,7 @@ def test_it_ends_early_when_nothing_gets_better(tmp_path: Path) -> None:
     measured = iter([3.0, 2.0, 2.5, 2.4, 9.0])
     run = make(tmp_path, validation=Validation(2, lambda: next(measured), patience=1))
     done = train(run)
-    assert (done.steps, done.why) == (8, "early") and done.validated[-1] == (8, 2.4)
+    assert (done.steps, done.why, done.validated, done.best) == (8, "early", 2.4, 2.0)
 
 
 def test_asked_to_stop_it_saves_and_goes_on_later(tmp_path: Path) -> None:

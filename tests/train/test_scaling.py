@@ -227,12 +227,12 @@ def test_a_loss_that_is_no_number_is_left_to_the_guard(tmp_path: Path) -> None:
     assert scale is not None and float(scale.factor) == 2.0**16
 
 
-def spread(out: str, plan: str) -> tuple[float, float, list[float]]:
+def spread(out: str, plan: str) -> tuple[float, float, float | None]:
     run = make_run(Path(out), torch.float16, 16, ScalingSettings(start=2.0**24), plan)
     done = train(run)
     scale = run.turns[0].scale
     assert scale is not None
-    return float(scale.factor), float(scale.good), done.losses
+    return float(scale.factor), float(scale.good), done.loss
 
 
 @pytest.mark.parametrize("plan", ["shard=2", "pipeline=2,micro_batches=2"])
