@@ -20,6 +20,7 @@ from danlu.console import say
 from danlu.train.metrics import METRICS, cut_back
 
 MARK = "phase of a step: "
+CURVES = ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "memory_bytes", "mfu", "validation")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,12 @@ class Record:
         """As written: what there is nothing to say of is left out."""
         return {name: value for name, value in asdict(self).items() if value not in (None, [], {}, "")}
 
+    def curves(self) -> dict[str, float]:
+        """What is drawn over the steps, by name; the seconds of a phase as `seconds_in/forward` and the like."""
+        drawn = {name: getattr(self, name) for name in CURVES}
+        drawn |= self.quality | {f"seconds_in/{name}": seconds for name, seconds in self.phases.items()}
+        return {name: value for name, value in drawn.items() if value is not None}
+
 
 class Watch:
     """Appends records to metrics.jsonl and to TensorBoard; lines past the step resumed from are dropped first.
@@ -89,11 +96,7 @@ class Watch:
         self.file.write(json.dumps(record.plain()) + "\n")
         self.file.flush()
         if self.board is not None:
-            for name in ("loss", "learning_rate", "gradient_norm", "tokens_per_second", "mfu", "validation"):
-                value = getattr(record, name)
-                if value is not None:
-                    self.board.add_scalar(f"{self.label}/{name}", value, record.step)
-            for name, value in record.quality.items():
+            for name, value in record.curves().items():
                 self.board.add_scalar(f"{self.label}/{name}", value, record.step)
 
     def __enter__(self) -> Watch:
