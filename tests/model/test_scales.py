@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from danlu.errors import DanluError
-from danlu.model.config import EncoderDecoderConfig
+from danlu.model.config import EncoderDecoderConfig, ModelConfig
 from danlu.model.families.known import FAMILIES, family_of
 from danlu.model.initialize import initialize, mup_config
 from danlu.model.scales import check_scales, fold_scales
@@ -53,8 +53,9 @@ def test_a_mup_model_says_the_same_with_its_scales_in_its_weights(architecture: 
     fold_scales(made, scaled)
     tokens = torch.randint(0, 40, (2, 12), generator=torch.Generator().manual_seed(1))
     given = (tokens, tokens[:, :5]) if isinstance(plain, EncoderDecoderConfig) else (tokens,)
+    original.eval(), made.eval()
     with torch.no_grad():
-        wanted, found = (model.eval().logits(model(*given)) for model in (original, made))  # type: ignore[operator]
+        wanted, found = (model.logits(model(*given)) for model in (original, made))
         assert wanted.std() > 0.01
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
@@ -62,11 +63,12 @@ def test_a_mup_model_says_the_same_with_its_scales_in_its_weights(architecture: 
 def test_what_no_weight_can_hold_is_refused() -> None:
     keys = {**SHAPES["Qwen3ForCausalLM"], "architectures": ["Qwen3ForCausalLM"]}
     plain = family_of(keys).config(keys, Path("config.json"))
-    for change, told in (
-        ({"embedding_scale": 5.0}, "the embedding is multiplied"),
-        ({"norm_plus_one": True}, "queries are normalised"),
-        ({"final_norm": False}, "no norm"),
-    ):
-        config = replace(plain, **change)  # type: ignore[arg-type]
+    assert isinstance(plain, ModelConfig)
+    refused = {
+        "the embedding is multiplied": replace(plain, embedding_scale=5.0),
+        "queries are normalised": replace(plain, norm_plus_one=True),
+        "no norm": replace(plain, final_norm=False),
+    }
+    for told, config in refused.items():
         with pytest.raises(DanluError, match=f"could not be saved: {told}"):
             check_scales(config, mup_config(config))
