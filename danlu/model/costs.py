@@ -131,6 +131,20 @@ def costs(model: Model) -> list[Cost]:
     return _both(model) if isinstance(model, EncoderDecoder) else _alone(model)
 
 
+def training_operations(model: Model, length: int) -> float | None:
+    """Operations of a forward and a backward pass a token (an image), for rows of `length`, as `costs` counts them.
+
+    An encoder with a decoder reads and writes as many tokens as rows are long, and either counts as a token. None for
+    a pair of encoders, whose rows are of two kinds.
+    """
+    if isinstance(model, EncoderPair):
+        return None
+    if isinstance(model, EncoderDecoder):
+        reading, writing = _both_at(model, length)
+        return (reading.training + writing.training) / 2
+    return _alone_at(model, length if model.config.patches is None else model.config.context).training
+
+
 def costs_by_layer(stack: Decoder | Encoder, length: int) -> tuple[list[float], float]:
     """Operations of a forward pass a token, for rows of `length`: of each layer, and of the head."""
     config, multiplied = stack.config, _multiplied(stack)
@@ -145,30 +159,37 @@ def costs_by_layer(stack: Decoder | Encoder, length: int) -> tuple[list[float], 
 
 def _alone(stack: Decoder | Encoder) -> list[Cost]:
     """The costs of a stack that stands alone."""
-    config, multiplied = stack.config, _multiplied(stack)
-    made = []
-    for length in [config.context] if config.patches else _lengths(config.context):
-        units = 1 if config.patches else length
-        products = sum(2 * size * _applied(config, name, length) for name, size in multiplied.items())
-        kept = _cache(stack, length) if isinstance(stack, Decoder) else (0, 0)
-        unit = "image" if config.patches else "token"
-        made.append(Cost(unit, length, products / units, _attention(config, _pairs(config, length)) / units, *kept))
-    return made
+    config = stack.config
+    return [_alone_at(stack, length) for length in ([config.context] if config.patches else _lengths(config.context))]
+
+
+def _alone_at(stack: Decoder | Encoder, length: int) -> Cost:
+    """Its cost for rows of a length."""
+    config = stack.config
+    units = 1 if config.patches else length
+    products = sum(2 * size * _applied(config, name, length) for name, size in _multiplied(stack).items())
+    kept = _cache(stack, length) if isinstance(stack, Decoder) else (0, 0)
+    unit = "image" if config.patches else "token"
+    return Cost(unit, length, products / units, _attention(config, _pairs(config, length)) / units, *kept)
 
 
 def _both(model: EncoderDecoder) -> list[Cost]:
     """The costs of an encoder with a decoder."""
+    return [cost for length in _lengths(model.config.decoder.context) for cost in _both_at(model, length)]
+
+
+def _both_at(model: EncoderDecoder, length: int) -> tuple[Cost, Cost]:
+    """The costs of reading and of writing rows of a length."""
     multiplied, encoder, decoder = _multiplied(model), model.config.encoder, model.config.decoder
     of_memory = ("cross.key", "cross.value")
     read = sum(size for name, size in multiplied.items() if name.startswith("encoder.") or name.endswith(of_memory))
     written = sum(multiplied.values()) - read
-    made = []
-    for length in _lengths(decoder.context):
-        reading = _attention(encoder, _pairs(encoder, length)) / length
-        looking = _attention(decoder, _pairs(decoder, length) + decoder.layers * length**2) / length
-        made.append(Cost("token read", length, 2 * read, reading))
-        made.append(Cost("token written", length, 2 * written, looking, *_cache(model, length)))
-    return made
+    reading = _attention(encoder, _pairs(encoder, length)) / length
+    looking = _attention(decoder, _pairs(decoder, length) + decoder.layers * length**2) / length
+    return (
+        Cost("token read", length, 2 * read, reading),
+        Cost("token written", length, 2 * written, looking, *_cache(model, length)),
+    )
 
 
 def _multiplied(model: nn.Module) -> dict[str, int]:

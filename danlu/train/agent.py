@@ -25,7 +25,7 @@ from danlu.train.failures import (
     failure_file,
     read_failures,
 )
-from danlu.train.hang import HangSettings, Watchdog, diagnose, sign_file, stack_file
+from danlu.train.hang import HangSettings, Watchdog, diagnose, has_begun, sign_file, stack_file
 from danlu.train.signals import Stopping
 
 SETTLE_SECONDS = 5.0  # what a rank gets to write its error down, once others have told of its end
@@ -39,6 +39,7 @@ class Agent(LocalElasticAgent):
 
     Attributes:
         error: what ended the run; None where it ended well.
+        early: whether the run was asked to stop, and was ended, before any of its ranks had begun a step.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Agent(LocalElasticAgent):
         super().__init__(spec, logs, start_method="forkserver")
         self.run_dir, self.patience, self.stopping, self.grace, self.hang = run_dir, patience, stopping, grace, hang
         self.error: DanluError | None = None
+        self.early = False
         self._right_to_write = ExitStack()
         self._deadline: float | None = None
 
@@ -80,6 +82,10 @@ class Agent(LocalElasticAgent):
         return super()._start_workers(worker_group)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        if self._may_end_early(worker_group):
+            self.early = True
+            self._kill()
+            return RunResult(WorkerState.SUCCEEDED, {worker.global_rank: None for worker in worker_group.workers})
         self._pass_on_a_stop(worker_group)
         silence = self._watchdog.silent()
         if silence is not None:
@@ -141,6 +147,14 @@ class Agent(LocalElasticAgent):
             process.kill()
 
     # --- Stopping ---------------------------------------------------------------------------------------------------
+
+    def _may_end_early(self, worker_group: WorkerGroup) -> bool:
+        """Whether a stop is asked for and no step begun: on rank 0 learning a vocabulary, the others wait for it, and
+        none of them would look at a flag for minutes. Ranks on other machines would take it for a failure.
+        """
+        if self.stopping.number is None or self._deadline is not None or (worker_group.group_world_size or 1) > 1:
+            return False
+        return not has_begun(self.run_dir, range(worker_group.workers[0].world_size))
 
     def _pass_on_a_stop(self, worker_group: WorkerGroup) -> None:
         """Tell the ranks, once; who has not saved and ended when the grace is over is ended."""

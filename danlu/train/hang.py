@@ -122,6 +122,12 @@ def read_sign(run_dir: Path, rank: int) -> Sign | None:
         return None
 
 
+def has_begun(run_dir: Path, ranks: Iterable[int]) -> bool:
+    """Whether one of these ranks is in a step by now, or has been; before, it has nothing that is worth saving."""
+    signs = (read_sign(run_dir, rank) for rank in ranks)
+    return any(sign is not None and sign.step > 0 for sign in signs)
+
+
 class Watchdog:
     """Tells when nothing has moved for too long.
 

@@ -25,10 +25,12 @@ from danlu.settings import Settings
 from danlu.train.failures import Patience, RankError
 from danlu.train.hang import HangSettings, watched
 from danlu.train.rank import Job, run_launched
-from danlu.train.signals import STOP_SIGNALS, Stopping
+from danlu.train.signals import STOP_SIGNALS, Stopping, even_if_deaf
 
 GIVEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # by torchrun and its like to each process
 MANY_RESTARTS = 1_000_000  # the elastic agent's own count, which never decides
+EARLY = "{}: stopped before the first step; the same command begins again"
+DEAF_SECONDS = 5.0  # that a process alone gets to end in order where it need not save
 
 
 class LaunchSettings(Settings):
@@ -80,7 +82,8 @@ def launch(
         run_dir: where the ranks leave signs of life and errors, below ranks/; locked against a second writer.
         progress: the newest step that a checkpoint holds, 0 at first; a failure after a newer one is not counted.
 
-    Returns: what the worker returned in rank 0; on the other machines, in the lowest rank there.
+    Returns: what the worker returned in rank 0; on the other machines, in the lowest rank there. None where the run was
+        asked to stop before it had begun a step.
     Raises DanluError: that of a rank, word for word; any other error of a rank, with the rank, its host and the end of
     its traceback; contradicting environment variables; a second writer; machines that do not meet; a hang
     (`danlu.train.hang.Hung`).
@@ -115,8 +118,20 @@ class Place:
 
 
 def _run_here(job: Job, place: Place, settings: LaunchSettings) -> Any:
-    with watched(job.run_dir, place.rank, place.world, settings.hang):
-        return job.run(place.rank, place.world, place.local, Stopping())
+    stopping = Stopping()
+
+    def end() -> None:
+        say(EARLY.format("asked to stop"))
+        os._exit(0)
+
+    try:
+        with watched(job.run_dir, place.rank, place.world, settings.hang), even_if_deaf(stopping, DEAF_SECONDS, end):
+            return job.run(place.rank, place.world, place.local, stopping)
+    except KeyboardInterrupt:
+        if not stopping.at_once or stopping.number is None:
+            raise
+        say(EARLY.format(stopping.number.name))
+        return None
 
 
 def place_given(environment: Mapping[str, str], settings: LaunchSettings) -> Place | None:
@@ -251,6 +266,9 @@ def _run_group(job: Job, settings: LaunchSettings, progress: Callable[[], int]) 
             raise RankError(what, settings.rendezvous, fix, exit_code=1) from None
     if agent.error is not None:
         raise agent.error
+    if agent.early and stopping.number is not None:
+        say(EARLY.format(stopping.number.name))
+        return None
     return result.return_values[min(result.return_values)]
 
 

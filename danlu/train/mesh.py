@@ -14,6 +14,14 @@ from danlu.model.ring_attention import Ring
 from danlu.plan.plan import DEGREES, ROWS, Plan
 
 
+def backend_for(device: str) -> str:
+    """What of torch.distributed connects processes that compute on this kind of device.
+
+    Counts and hashes are summed in RAM, gradients where they lie.
+    """
+    return "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+
+
 @dataclass(frozen=True)
 class Mesh:
     """This process among those of a run.

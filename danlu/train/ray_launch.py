@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -11,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from danlu.artifact import only_writer
+from danlu.artifact import only_writer, write_aside
 from danlu.console import say
 from danlu.errors import DanluError, need_extra
 from danlu.train.failures import (
@@ -24,12 +25,14 @@ from danlu.train.failures import (
     read_failures,
     write_failure,
 )
-from danlu.train.hang import HangSettings, watched
-from danlu.train.launch import LaunchSettings
+from danlu.train.hang import HangSettings, has_begun, sign_file, watched
+from danlu.train.launch import EARLY, LaunchSettings
+from danlu.train.mesh import backend_for
 from danlu.train.rank import Job
 from danlu.train.signals import Stopping
 
 POLL_SECONDS = 0.5  # how often ranks look whether the run was asked to stop
+AT_ONCE = "at once"  # in the file that asks them: nothing needs saving yet
 
 
 def launch_on_ray(
@@ -42,7 +45,7 @@ def launch_on_ray(
     is called. `run_dir` is a directory that all machines see; SIGTERM to this process stops the run as anywhere.
 
     Args: as of `launch`; `settings.rendezvous` and `settings.join_seconds` have no part in it.
-    Returns: what the worker returned in rank 0.
+    Returns: what the worker returned in rank 0; None as `launch` does.
     Raises DanluError as `launch` does, where Ray is not installed, and where the cluster is too small.
     """
     try:
@@ -54,7 +57,7 @@ def launch_on_ray(
     job = Job(worker, arguments, run_dir.resolve())
     with only_writer(run_dir, wait=False), Stopping() as stopping:
         if not ray.is_initialized():
-            ray.init(logging_level="ERROR")
+            ray.init(logging_level=logging.ERROR)
         return _run(job, settings, Patience(progress, settings.max_restarts), stopping)
 
 
@@ -67,15 +70,19 @@ def _run(job: Job, settings: LaunchSettings, patience: Patience, stopping: Stopp
     while True:
         _stop_file(job).unlink(missing_ok=True)
         for rank in range(world):
-            failure_file(job.run_dir, rank).unlink(missing_ok=True)
+            for place in (sign_file, failure_file):
+                place(job.run_dir, rank).unlink(missing_ok=True)
         with ThreadPoolExecutor(1) as pool:  # in the main thread, Ray would take the signals
             fitted = pool.submit(trainer.fit)
-            _heed(stopping, fitted, job)
+            early = _heed(stopping, fitted, job, world)
             error = fitted.exception()
         if error is None:
             return fitted.result().return_value
         if not isinstance(error, TrainingFailedError):
             raise error
+        if early is not None:
+            say(EARLY.format(early.name))
+            return None
         failure = cause(read_failures(job.run_dir, range(world)) or _told_by_ray(error))
         if stopping.asked or not patience.bears(failure):
             raise failure.error()
@@ -85,7 +92,7 @@ def _trainer(job: Job, settings: LaunchSettings, world: int) -> Any:
     """Ray Train's trainer of this job. It does not restart by itself: it would count every failure alike."""
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.config import LoggingConfig
 
     found = ray.cluster_resources()
@@ -110,23 +117,33 @@ def _trainer(job: Job, settings: LaunchSettings, world: int) -> Any:
     return TorchTrainer(
         run_on_ray,
         train_loop_config={"job": told, "hang": hang, "grace": settings.grace},
+        torch_config=TorchConfig(backend=backend_for("cuda" if gpus >= world else "cpu")),
         scaling_config=scaling,
         run_config=run,
     )
 
 
-def _heed(stopping: Stopping, fitted: Future[Any], job: Job) -> None:
-    """Wait for the end, and pass a stop on to the ranks, which may be on other machines, through a file."""
+def _heed(stopping: Stopping, fitted: Future[Any], job: Job, world: int) -> signal.Signals | None:
+    """Wait for the end, and pass a stop on to the ranks, which may be on other machines, through a file.
+
+    Returns the signal where it came before any rank had begun a step, so that all of them end at once.
+    """
     import ray
 
-    told = False
+    told, early = False, None
     try:
         while not fitted.done():
             time.sleep(POLL_SECONDS)
-            if stopping.number is not None and not told:
+            if stopping.number is None or told:
+                continue
+            if has_begun(job.run_dir, range(world)):
                 say(f"{stopping.number.name}: every process finishes its step, saves and ends")
-                _stop_file(job).write_text(stopping.number.name)
-                told = True
+                write_aside(_stop_file(job), stopping.number.name)
+            else:
+                early = stopping.number
+                write_aside(_stop_file(job), AT_ONCE)
+            told = True
+        return early
     except KeyboardInterrupt:
         ray.shutdown()  # ends the ranks, and with them what is waited for
         raise
@@ -164,6 +181,8 @@ def _listen(job: Job, rank: int, grace: float, stopping: Stopping, over: threadi
     """Ask for a stop when the file is there; when the grace is over too, end this process."""
     while not over.wait(POLL_SECONDS):
         if _stop_file(job).exists():
+            if _stop_file(job).read_text() == AT_ONCE:
+                os._exit(1)
             stopping.ask(signal.SIGTERM)
             if not over.wait(grace):
                 late = DanluError(f"rank {rank} had not saved and ended {grace:.0f} s after it was asked to stop")

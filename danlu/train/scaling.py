@@ -84,18 +84,23 @@ def require_float8() -> None:
         raise need_extra("torchao", "float8")
 
 
-def to_float8(model: nn.Module) -> None:
+def to_float8(model: nn.Module, emulated: bool = False) -> None:
     """Let the linear layers of a model multiply in float8, forward and backward, each tensor scaled as it comes.
 
     To be called before weights are laid out over processes. Their names and the weights themselves stay. Routers stay
     as they are, as do layers whose sizes float8's matrix units cannot take: no multiples of 16.
 
+    Args:
+        emulated: round to float8 and multiply in full precision, on any hardware: to see what the rounding does.
+
     Raises DanluError where torchao or the hardware is missing.
     """
-    require_float8()
+    if not emulated:
+        require_float8()
     float8 = import_module("torchao.float8")
-    padded = float8.Float8LinearConfig(pad_inner_dim=True)  # for batches whose tokens are no multiple of 16
-    float8.convert_to_float8_training(model, module_filter_fn=_fits_float8, config=padded)
+    # Padded for batches whose tokens are no multiple of 16.
+    config = float8.Float8LinearConfig(pad_inner_dim=True, emulate=emulated)
+    float8.convert_to_float8_training(model, module_filter_fn=_fits_float8, config=config)
 
 
 def _fits_float8(module: nn.Module, name: str) -> bool:

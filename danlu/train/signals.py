@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -54,3 +57,38 @@ class Stopping:
         self.number = signal.Signals(number)
         if insists or self.at_once:
             raise KeyboardInterrupt
+
+
+@contextmanager
+def even_if_deaf(stopping: Stopping, seconds: float, end: Callable[[], None]) -> Iterator[None]:
+    """Inside, a stop that may be at once comes to pass also while native code keeps Python from hearing signals.
+
+    Learning merges from much text is one call of minutes. The system writes the number of every signal to a pipe all
+    the same, where a thread reads it.
+
+    Args:
+        seconds: given to the main thread to end by itself, in order.
+        end: called in that thread when they are over, and nothing has been heard; it is to end the process.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    over = threading.Event()
+
+    def listen() -> None:
+        while number := os.read(read, 1):
+            asked = number[0] in STOP_SIGNALS and stopping.at_once
+            if asked and not over.wait(seconds) and stopping.at_once:
+                end()
+        os.close(read)
+
+    threading.Thread(target=listen, name="signals", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+        signal.set_wakeup_fd(before)
+        os.close(write)

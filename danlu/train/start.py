@@ -42,13 +42,15 @@ def start(
     arguments["free"] = "recompute" not in settings.model_fields_set
     check_place(home / MODEL)  # what stands in the way is better said now than when all is trained
     begun = _newest(home)
-    done: dict[str, Any] = _launcher(on)(
+    done: dict[str, Any] | None = _launcher(on)(
         "danlu.train.worker:work",
         arguments,
         settings.launch,
         run_dir=home,
         progress=lambda: _newest(home),
     )
+    if done is None:
+        return {"out": str(home), "steps": begun, "ended": "stopped"}
     if done["ended"] != "stopped" and int(os.environ.get("RANK", "0")) == 0:
         from danlu.train.export import export
         from danlu.train.tasks.task import measure_test

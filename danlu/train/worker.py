@@ -21,11 +21,11 @@ from danlu.data.rows_settings import RowsSettings
 from danlu.errors import DanluError
 from danlu.model.checkpoint import StoredModel
 from danlu.model.config import AnyConfig
-from danlu.model.costs import TRAINING, costs_by_layer
+from danlu.model.costs import training_operations
 from danlu.model.initialize import mup_multipliers, starts
 from danlu.model.mixture import Mixture
 from danlu.model.stored import Make, without_memory
-from danlu.model.transformer import Decoder, Encoder, Model
+from danlu.model.transformer import Model
 from danlu.plan.plan import Plan, Work
 from danlu.train.choosing import Beginning, Chosen, choose
 from danlu.train.compiling import choose_compile
@@ -36,7 +36,7 @@ from danlu.train.guard import Guard
 from danlu.train.local_steps import LocalSteps
 from danlu.train.loop import Done, Run, Turn, Validation, train
 from danlu.train.memory import kept_memory
-from danlu.train.mesh import Mesh, everyone, make_mesh
+from danlu.train.mesh import Mesh, backend_for, everyone, make_mesh
 from danlu.train.notes import read_note
 from danlu.train.offloading.offload import Offload
 from danlu.train.precision import Precision, gemm_rate
@@ -85,9 +85,7 @@ def work(
     device = _device(rank)
     begun = rank.world > 1 and not dist.is_initialized()  # Ray makes the group itself
     if begun:
-        # Counts and hashes are summed in RAM, gradients where they lie.
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank.number, world_size=rank.world)
+        dist.init_process_group(backend_for(device.type), rank=rank.number, world_size=rank.world)
     try:
         return _train(settings, home, rank, device, plan, steps or settings.steps, free)
     finally:
@@ -112,6 +110,7 @@ def _train(
     free: bool,
 ) -> dict[str, Any]:
     first = rank.number == 0
+    rank.stopping.at_once = rank.world == 1  # until the first step nothing needs saving
     if settings.precision == "float8":
         require_float8()
     together = partial(_together, everyone(rank.world, device))
@@ -132,6 +131,7 @@ def _train(
     # What is put away is to leave memory at once.
     memory = kept_memory() if settings.offload.state == "none" else nullcontext()
     updates = run.turns[0].optimizer
+    rank.stopping.at_once = False
     with memory, updates if isinstance(updates, LocalSteps) else nullcontext():  # who ends is waited for no longer
         done = train(run)
     return _summary(home, done, run)
@@ -238,9 +238,11 @@ def make_run(
         multipliers = mup_multipliers(model, optimizing.mup_base_width) if optimizing.mup_base_width else None
         trainable = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         groups = group_weights(trainable, optimizing, multipliers)
-        flops = _flops(model, task.length)
+        flops = training_operations(model, task.length) or 0.0
         whole = flops * settings.own_rows * task.length * steps / mesh.world
         decide = partial(_compiled, settings, home, mesh.plan, model, whole, dtype, mesh.device.type)
+        held = 4 * sum(weight.numel() for weight in model.parameters()) // mesh.plan.shard  # in fp32
+        policy = offload.policy(held)
         replica = Replica(
             model,
             task.objectives(mesh),
@@ -251,9 +253,9 @@ def make_run(
             recompute=settings.recompute,
             compiled=_together(mesh, decide, rank.number == 0),
             batch=task.batch,
-            offload=offload.policy(),
+            offload=policy,
         )
-        start_weights(replica, makers, offload.policy())
+        start_weights(replica, makers, policy)
         masters, copies = masters_and_copies(replica, dtype)
     own_groups = {name: groups[name] for name in masters}
     optimizer = offload.make_optimizer(masters, copies, optimizing, own_groups)
@@ -332,14 +334,6 @@ def load_model(settings: TrainRecipe, config: AnyConfig) -> tuple[Model, dict[st
     if settings.model.base is not None:
         makers |= take_over(model, StoredModel.open(settings.model.base))
     return model, makers
-
-
-def _flops(model: Model, window: int) -> float:
-    """Operations of training a token."""
-    if not isinstance(model, Decoder | Encoder):
-        return 0.0
-    layers, head = costs_by_layer(model, window)
-    return TRAINING * (sum(layers) + head)
 
 
 def _tell(run: Run, config: AnyConfig, dtype: torch.dtype) -> None:

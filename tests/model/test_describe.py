@@ -16,7 +16,7 @@ from danlu.cli import app
 from danlu.cli.model import model as model_commands
 from danlu.errors import DanluError
 from danlu.model.config import AnyConfig, ModelConfig
-from danlu.model.costs import costs, count_parameters
+from danlu.model.costs import costs, count_parameters, training_operations
 from danlu.model.describe import BYTES, CheckpointFacts, FamilyFacts, describe
 from danlu.model.families.family import Family
 from danlu.model.families.known import FAMILIES, family_of
@@ -151,6 +151,15 @@ def test_the_formula_of_the_scaling_laws() -> None:
     weights = 12 * 12 * 768**2 + 50257 * 768
     assert cost.forward == 2 * weights + 2 * 12 * 768 * (1024 + 1)
     assert cost.training == 6 * weights + 6 * 12 * 768 * (1024 + 1)
+
+
+def test_training_costs_what_both_ways_cost() -> None:
+    for case in ("llama", "bert words", "vit", "t5 uneven"):
+        model = without_memory(config_of(case))
+        told = [cost for cost in costs(model) if cost.context == costs(model)[-1].context]
+        expected = sum(cost.training for cost in told) / len(told)
+        assert training_operations(model, told[0].context) == expected
+    assert training_operations(without_memory(config_of("clip")), 16) is None
 
 
 def test_costs_are_told_up_to_the_context() -> None:

@@ -42,8 +42,15 @@ KILLS = 6
 # --- The worker: a layer that learns, saved at every step -----------------------------------------------------------
 
 
-def work(rank: Rank, home: str, steps: int, fault: str = "", pause: float = 0.0) -> dict[str, Any]:
-    """Learn with all ranks until `steps` are done or somebody asks for a stop; at step 3, rank 1 meets its fault."""
+def work(
+    rank: Rank, home: str, steps: int, fault: str = "", pause: float = 0.0, prepares: float = 0.0
+) -> dict[str, Any]:
+    """Learn with all ranks until `steps` are done or somebody asks for a stop; at step 3, rank 1 meets its fault.
+
+    Args:
+        pause, prepares: seconds of each step, and before the first, that are slept.
+    """
+    time.sleep(prepares)
     place = Path(home) / "checkpoint.json"
     saved = json.loads(place.read_text()) if place.exists() else {"step": 0, "weight": [1.0, -1.0]}
     if rank.world > 1 and not dist.is_initialized():
@@ -388,19 +395,6 @@ def test_two_machines_restart_together(tmp_path: Path) -> None:
         assert machine.answer()["result"]["weight"] == pytest.approx(undisturbed(60, 2), rel=1e-12)
         machine.close()
     assert "".join(machine.said() for machine in machines).count("was killed by SIGKILL; going on") >= 1
-
-
-def test_under_torchrun_the_command_is_a_worker(tmp_path: Path) -> None:
-    code = (
-        "import sys; from tests.train.test_launch import carry_out;"
-        "found = carry_out(sys.argv[1], {'steps': 4}, {'nproc': 2}); sys.exit(found['exit'])"
-    )
-    words = ["--standalone", "--nproc-per-node", "2", "--no-python", sys.executable, "-c", code, str(tmp_path)]
-    ended = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", *words], capture_output=True, text=True, timeout=PATIENCE
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert json.loads((tmp_path / "checkpoint.json").read_text())["weight"] == pytest.approx(undisturbed(4, 2))
 
 
 def environment(rank: int = 1, world: int = 4, local: int = 1, **other: str) -> dict[str, str]:

@@ -28,7 +28,7 @@ from danlu.train.ema import Average
 from danlu.train.mesh import make_mesh
 from danlu.train.objective import next_token
 from danlu.train.offloading import files as module
-from danlu.train.offloading.blocks import offload_activations, to_host
+from danlu.train.offloading.blocks import Host, offload_activations
 from danlu.train.offloading.files import Files, in_file, release
 from danlu.train.offloading.offload import Offload, OffloadSettings
 from danlu.train.offloading.optimizer import FiledOptimizer
@@ -224,10 +224,33 @@ def test_the_host_is_offloaded_to_by_accelerators_alone(tmp_path: Path) -> None:
 def test_on_accelerators_weights_rest_on_the_host(tmp_path: Path) -> None:
     for state, pinned in (("host", True), ("optimizer", True), ("parameters", False)):
         offload = Offload.start(OffloadSettings(state=state), tmp_path, torch.device("cuda"))
-        assert offload.policy() == CPUOffloadPolicy(pin_memory=pinned)
+        assert offload.policy(2**20) == CPUOffloadPolicy(pin_memory=pinned)
         with pytest.raises(DanluError, match="the weights rest on the accelerator"):
             offload.make_optimizer({"far": torch.zeros(3, device="meta")}, {}, OptimizerSettings())
-    assert not isinstance(offload_to(tmp_path, "parameters").policy(), CPUOffloadPolicy)
+    assert not isinstance(offload_to(tmp_path, "parameters").policy(2**20), CPUOffloadPolicy)
+
+
+def test_pinned_memory_is_bounded(tmp_path: Path) -> None:
+    for held, pinned in ((500_000, True), (500_001, False)):  # as much again for the gradients
+        settings = OffloadSettings(state="host", activations="host", pinned="1MB")
+        offload = Offload.start(settings, tmp_path, torch.device("cuda"))
+        assert offload.policy(held) == CPUOffloadPolicy(pin_memory=pinned)
+        assert offload.host.take(1_000_000) is not pinned  # and what is left is for activations
+    host = Host(100)
+    assert host.take(60) and not host.take(60) and host.take(40)
+    host.give(60)
+    assert host.take(60) and not host.take(1)
+    with pytest.raises(ValueError, match="pinned has no effect"):
+        OffloadSettings(state="parameters", pinned="1MB")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
+def test_pinned_memory_is_given_back_with_what_lies_in_it() -> None:
+    host, x = Host(1000), torch.zeros(200, device="cuda")
+    kept = [host(x), host(x)]
+    assert [one.is_pinned() for one in kept] == [True, False]
+    kept.clear()
+    assert host.room == 1000
 
 
 # --- Learning -------------------------------------------------------------------------------------------------------
@@ -336,7 +359,7 @@ def test_activations_elsewhere_change_nothing(recompute: Recompute, files: Files
         return kept[-1]
 
     wanted = gradients(None)
-    for away in (to_host, to_files):
+    for away in (Host(2**20), to_files):
         found = gradients(away)
         assert len(found) == len(wanted)
         assert all(map(torch.equal, found, wanted))
@@ -346,8 +369,8 @@ def test_activations_elsewhere_change_nothing(recompute: Recompute, files: Files
 
 def test_activations_come_back_as_they_were() -> None:
     x = torch.randn(40, 50, generator=torch.Generator().manual_seed(0)).T
-    assert torch.equal(to_host(x), x)
-    assert to_host(x).stride() == x.stride()
+    assert torch.equal(Host(0)(x), x)
+    assert Host(0)(x).stride() == x.stride()
 
 
 def spread(home: str) -> None:

@@ -21,8 +21,10 @@ from danlu.train.hang import read_sign
 from danlu.train.launch import LaunchSettings
 from danlu.train.ray_launch import launch_on_ray
 from tests.train.test_launch import WORKER, newest, undisturbed, wait_until
+from tests.train.tiny_run import command, here, metrics, write_recipe
 
 pytest.importorskip("ray", reason="Ray is not installed (pip install 'danlu[cluster]')")
+QUIET = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
 
 
 def main() -> None:
@@ -33,7 +35,8 @@ def main() -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
-    print(json.dumps(len([node for node in ray.nodes() if node["Alive"]])), flush=True)
+    alive = sum(node["Alive"] for node in ray.nodes())
+    print(json.dumps({"address": cluster.address, "nodes": alive}), flush=True)
     for line in sys.stdin:
         print(json.dumps(carry_out(**json.loads(line))), flush=True)
     ray.shutdown()
@@ -54,6 +57,8 @@ def carry_out(home: str, arguments: dict[str, Any], settings: dict[str, Any]) ->
 class Driver:
     """A process with a cluster; `begin` and `answer` are one launch."""
 
+    address = ""
+
     def __init__(self, home: Path) -> None:
         self.log = home / "said"
         root = Path(__file__).parents[2]
@@ -64,9 +69,7 @@ class Driver:
             stderr=self.log.open("w"),
             text=True,
             cwd=root,
-            env=os.environ
-            | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "RAY_USAGE_STATS_ENABLED": "0"}
-            | {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"},
+            env=os.environ | QUIET | {"PYTHONPATH": str(root)},
             start_new_session=True,
         )
 
@@ -80,7 +83,7 @@ class Driver:
         """The next line that is ours; Ray prints others."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            if line.startswith(("{", "2")):
+            if line.startswith("{"):
                 return json.loads(line)
         raise AssertionError(self.log.read_text())
 
@@ -97,11 +100,16 @@ class Driver:
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
     made = Driver(tmp_path_factory.mktemp("ray"))
-    assert made.answer() == 2
-    yield made
-    made.close()
+    try:
+        told = made.answer()
+        assert told["nodes"] == 2
+        made.address = told["address"]
+        yield made
+    finally:
+        made.close()
 
 
+@pytest.mark.soak
 def test_a_killed_rank_is_started_again_and_nothing_is_lost(driver: Driver, tmp_path: Path) -> None:
     driver.begin(tmp_path, steps=30, pause=0.05)
     wait_until(lambda: newest(tmp_path) >= 4)
@@ -113,6 +121,34 @@ def test_a_killed_rank_is_started_again_and_nothing_is_lost(driver: Driver, tmp_
         "result": {"step": 30, "weight": pytest.approx(undisturbed(30, 2), rel=1e-12)},
     }
     assert "going on from the newest checkpoint (restart 1 of at most 3" in driver.log.read_text()
+
+
+def test_the_command_trains_on_two_nodes_as_one_process_does(driver: Driver, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    here(recipe, tmp_path / "one")
+    words = ("--on", "ray", "--nodes", "2", "--nproc", "1", "--plan", "shard=2", "--json")
+    ended = subprocess.run(
+        command(recipe, tmp_path / "two", *words),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | QUIET | {"RAY_ADDRESS": driver.address},
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert json.loads(ended.stdout)["plan"] == "shard=2"
+    for mine, expected in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert mine["batch"] == expected["batch"] and abs(mine["loss"] - expected["loss"]) < 1e-5
+    assert (tmp_path / "two" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.soak
+def test_a_stop_before_the_first_step_ends_at_once(driver: Driver, tmp_path: Path) -> None:
+    driver.begin(tmp_path, steps=1, prepares=60.0)
+    wait_until(lambda: read_sign(tmp_path, 1) is not None)
+    driver.process.send_signal(signal.SIGTERM)
+    asked = time.monotonic()
+    assert driver.answer() == {"exit": 0, "result": None} and time.monotonic() - asked < 30
+    assert "stopped before the first step" in driver.log.read_text()
 
 
 @pytest.mark.soak

@@ -158,14 +158,23 @@ class Words:
         return self.rows
 
 
-def make_run(out: Path, dtype: torch.dtype, steps: int, scaling: ScalingSettings, plan: str = "data=1") -> Run:
+def make_run(
+    out: Path,
+    dtype: torch.dtype,
+    steps: int,
+    scaling: ScalingSettings | None = None,
+    plan: str = "data=1",
+    float8: bool = False,
+) -> Run:
     mesh = make_mesh(Plan.model_validate(Plan.parse(plan)))
     model = Decoder(CONFIG)
     initialize(model, "normal", 3)
+    if float8:
+        to_float8(model, emulated=True)
     shape = {"rows": 4 // mesh.plan.readers, "length": 16}
     replica = Replica(model, [next_token], mesh, dtype=dtype, batch=Batch, **shape)
     optimizer = Optimizer(*masters_and_copies(replica, dtype), OptimizerSettings())
-    scale = LossScale(scaling) if dtype == torch.float16 else None
+    scale = LossScale(scaling or ScalingSettings()) if dtype == torch.float16 else None
     return Run(
         replica,
         [Turn(optimizer, lambda step: 1e-2, clip=1.0, scale=scale)],
@@ -258,3 +267,21 @@ def test_a_recipe_in_fp16(tmp_path: Path) -> None:
     halved = [f"{2.0**24 / 2**fall:g}" for fall in range(len(skipped))]
     assert [one.split()[-1] for one in skipped] == halved
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def curve(out: Path, plan: str, float8: bool) -> list[float]:
+    """Losses of forty steps in bf16."""
+    run = make_run(out, torch.bfloat16, 40, plan=plan, float8=float8)
+    train(run)
+    assert set(run.replica.parameters()) == {name for name, _ in Decoder(CONFIG).named_parameters()}
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_float8_learns_what_bf16_does_alone_and_split(tmp_path: Path) -> None:
+    """Products are rounded as the hardware does it, and summed in full precision: what is to be seen without it."""
+    pytest.importorskip("torchao", reason="the extra danlu[float8] is not installed")
+    plain, rounded = (curve(tmp_path / str(number), "data=1", bool(number)) for number in range(2))
+    assert rounded != plain and rounded[-1] < 0.5 * rounded[0]
+    assert all(abs(mine - expected) < 0.05 * plain[0] for mine, expected in zip(rounded, plain, strict=True))
+    split = run_ranks(2, curve, tmp_path / "split", "shard=2", True)[0]
+    assert all(abs(mine - expected) < 0.02 * plain[0] for mine, expected in zip(split, rounded, strict=True))

@@ -17,8 +17,11 @@ import transformers
 from typer.testing import CliRunner
 
 from danlu.cli import app
+from danlu.model.costs import training_operations
 from danlu.model.transformer import make_model
 from danlu.train.compiling import can_compile
+from danlu.train.hang import read_sign
+from danlu.train.precision import gemm_rate
 from danlu.train.recipe import TrainRecipe
 from danlu.train.state import open_checkpoint
 from danlu.train.tasks.shape import model_config
@@ -66,6 +69,17 @@ def test_it_trains_resumes_with_another_plan_and_exports(recipe: Path, tmp_path:
     assert "would be lost: thesis.txt" in here(recipe, two, code=2)
 
 
+def test_under_torchrun_the_command_is_one_of_its_processes(recipe: Path, tmp_path: Path) -> None:
+    here(recipe, tmp_path / "one")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    words = command(recipe, tmp_path / "two", "--plan", "shard=2")[2:]
+    ended = subprocess.run([*torchrun, *words], capture_output=True, text=True, env=environment(), timeout=240)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    for mine, expected in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert mine["batch"] == expected["batch"] and abs(mine["loss"] - expected["loss"]) < 1e-5
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "model")
+
+
 @pytest.mark.parametrize(
     ("words", "loads"),
     [
@@ -100,6 +114,15 @@ def test_other_objectives_train_other_families(
     lines = metrics(tmp_path)
     assert lines[-1]["loss"] < lines[0]["loss"]
     loads.from_pretrained(tmp_path / "model")
+
+    settings = TrainRecipe.model_validate_json((tmp_path / "recipe.json").read_text())
+    operations = training_operations(make_model(model_config(settings, make_task(settings, tmp_path))), 32)
+    assert operations is not None
+    ceiling = gemm_rate(torch.float32, device="cpu") * 1e9  # measured once in a process, which is this one
+    for told in lines:
+        assert told["mfu"] == pytest.approx(operations * told["tokens"] / told["seconds"] / ceiling)
+        within = [told["phases"][name] for name in ("data", "forward", "backward", "communication", "optimizer")]
+        assert 0.5 * told["seconds"] < sum(within) < 1.01 * told["seconds"]
 
 
 def test_a_mup_model_is_saved_as_it_was_trained(recipe: Path, tmp_path: Path) -> None:
@@ -156,6 +179,34 @@ def test_sigterm_saves_and_ends_well(recipe: Path, tmp_path: Path) -> None:
     assert process.returncode == 0, told[-3000:]
     assert time.monotonic() - asked < 30
     assert newest(tmp_path) == metrics(tmp_path)[-1]["step"]
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_sigterm_while_it_prepares_ends_at_once(recipe: Path, tmp_path: Path, nproc: int) -> None:
+    """Learning a vocabulary takes most of a minute here; in most of it Python hears no signal."""
+    chance = random.Random(3)
+    words = ("".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=7)) for _ in range(600_000))
+    (tmp_path / "text.txt").write_text(" ".join(words), encoding="utf-8")
+    asks = ("data.vocabulary={kind: bpe, size: 30000}", f"data.sources={tmp_path / 'text.txt'}")
+    settings = [word for ask in asks for word in ("--set", ask)]
+    line = command(recipe, tmp_path / "out", "--nproc", str(nproc), "--json", *settings)
+    with subprocess.Popen(
+        line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        until = time.monotonic() + 120
+        while (sign := read_sign(tmp_path / "out", nproc - 1)) is None and time.monotonic() < until:
+            time.sleep(0.1)
+        time.sleep(1.5)  # into the library's own code
+        assert sign is not None and process.poll() is None
+        asked = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        told, said = process.communicate(timeout=60)
+    assert process.returncode == 0 and time.monotonic() - asked < 15, said[-3000:]
+    assert "stopped before the first step; the same command begins again" in said and "Traceback" not in said
+    assert told == "" or json.loads(told)["ended"] == "stopped"
+    assert (
+        not (tmp_path / "out" / "corpus" / "index.json").exists() and not (tmp_path / "out" / "metrics.jsonl").exists()
+    )
 
 
 @pytest.mark.parametrize(("kind", "holds"), [("slurm", "#SBATCH --nodes=2"), ("kubernetes", "kind: Job")])

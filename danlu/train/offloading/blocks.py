@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -50,16 +51,40 @@ def offload_activations(blocks: Sequence[nn.Module], away: Callable[[Tensor], Te
     """Keep what blocks save for the backward pass somewhere else. With recomputing that is their inputs alone.
 
     Args:
-        away: to the place where it is kept until then: `Files.move`, or `to_host` from an accelerator.
+        away: to the place where it is kept until then: `Files.move`, or a `Host` for an accelerator.
     """
     for block in blocks:
         block.forward = partial(_saving, block, block.forward, away)
 
 
-def to_host(tensor: Tensor) -> Tensor:
-    """A copy in memory that the accelerator reads and writes while it computes."""
-    kept = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-    return kept.copy_(tensor, non_blocking=True)
+class Host:
+    """Keeps copies of an accelerator's tensors in its host's memory.
+
+    Pinned memory is read and written by the accelerator while it computes, and can be given to nobody else by the
+    system, so it is bounded; what finds no room in it is copied to plain memory, for which the accelerator waits.
+
+    Args: room: bytes that may be pinned at once.
+    """
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        pinned = tensor.is_cuda and self.take(tensor.nbytes)
+        kept = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
+        if pinned:
+            weakref.finalize(kept, self.give, tensor.nbytes)
+        return kept.copy_(tensor, non_blocking=pinned)
+
+    def take(self, size: int) -> bool:
+        """Whether so many bytes may be pinned, which then count as pinned until they are given back."""
+        fits = size <= self.room
+        self.room -= size if fits else 0
+        return fits
+
+    def give(self, size: int) -> None:
+        """So many bytes are pinned no more."""
+        self.room += size
 
 
 def _saving(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -15,9 +17,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 
 from danlu.errors import DanluError
 from danlu.model.transformer import Block
-from danlu.settings import Settings
+from danlu.settings import Bytes, Settings
 from danlu.train.groups import Group
-from danlu.train.offloading.blocks import offload_activations, read_ahead, to_host
+from danlu.train.offloading.blocks import Host, offload_activations, read_ahead
 from danlu.train.offloading.files import Files
 from danlu.train.offloading.optimizer import FiledOptimizer
 from danlu.train.optimizer import Optimizer
@@ -40,6 +42,12 @@ class OffloadSettings(Settings):
         description="where what blocks keep for the backward pass waits for it: with the rest, in the host's memory"
         " (for accelerators), or in files; with recompute these are the blocks' inputs alone",
     )
+    pinned: Bytes | None = Field(
+        None,
+        description="the most pinned memory of an accelerator's host that a process takes for what rests there, as in"
+        " 16GB; weights that are more rest in plain memory, and so do activations that find no room in it; default:"
+        " half of the machine's memory, shared by its processes",
+    )
     folder: Path | None = Field(
         None, description="for the files, on the machine's fastest disk; default: beside the run's checkpoints"
     )
@@ -47,6 +55,17 @@ class OffloadSettings(Settings):
     @property
     def needs_files(self) -> bool:
         return self.state in FILED or self.activations == "files"
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether an accelerator keeps something in its host's memory."""
+        return self.state in ("host", "optimizer") or self.activations == "host"
+
+    @model_validator(mode="after")
+    def _pinned_is_used(self) -> OffloadSettings:
+        if self.pinned is not None and not self.needs_host:
+            raise ValueError("pinned has no effect where nothing is offloaded to an accelerator's host")
+        return self
 
     @model_validator(mode="after")
     def _folder_is_used(self) -> OffloadSettings:
@@ -63,11 +82,13 @@ class Offload:
     Attributes:
         files: None where nothing goes to files.
         device: that computes.
+        host: its memory that an accelerator may pin.
     """
 
     settings: OffloadSettings
     files: Files | None
     device: torch.device
+    host: Host
 
     @classmethod
     def start(cls, settings: OffloadSettings, folder: Path, device: torch.device | None = None) -> Offload:
@@ -79,13 +100,20 @@ class Offload:
         if device.type == "cpu" and "host" in (settings.state, settings.activations):
             fix = "choose files (offload.state optimizer or parameters, offload.activations files), or none"
             raise DanluError("the host computes, and has no other memory of its own", where="offload", fix=fix)
-        return cls(settings, Files(settings.folder or folder) if settings.needs_files else None, device)
+        files = Files(settings.folder or folder) if settings.needs_files else None
+        share = psutil.virtual_memory().total // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return cls(settings, files, device, Host(settings.pinned or share))
 
-    def policy(self) -> OffloadPolicy:
-        """Where FSDP lets weights, gradients and with them the optimizer's state rest."""
+    def policy(self, held: int) -> OffloadPolicy:
+        """Where FSDP lets weights, gradients and with them the optimizer's state rest.
+
+        Args: held: bytes of weights that this process holds; their gradients are as many.
+        """
         if self.device.type == "cpu" or self.settings.state == "none":
             return OffloadPolicy()
-        return CPUOffloadPolicy(pin_memory=self.settings.state != "parameters")  # a mapped file is not pinned
+        if self.settings.state == "parameters":  # a mapped file is not pinned
+            return CPUOffloadPolicy(pin_memory=False)
+        return CPUOffloadPolicy(pin_memory=self.host.take(2 * held))
 
     def making_weights(self) -> AbstractContextManager[None]:
         """Inside, a model is made or loaded and laid out, from the first weight on where it is to stay."""
@@ -123,7 +151,7 @@ class Offload:
         """
         blocks = [module for module in model.modules() if isinstance(module, Block)]
         if self.settings.activations != "none":
-            away = to_host if self.files is None or self.settings.activations == "host" else self.files.move
+            away = self.host if self.files is None or self.settings.activations == "host" else self.files.move
             offload_activations(blocks, away)
         if self.settings.state == "parameters" and self.files is not None:
             read_ahead(model, blocks, self.files)
