@@ -86,16 +86,22 @@ def _limits(asked: Asked, costs: Costs, cache: str, own: float, rise: Rise) -> t
 def most_own(asked: Asked, outcomes: Sequence[Outcome]) -> float:
     """A smaller model whose own divergence, nat a token, is not below this cannot win.
 
-    Where quality is bettered that is what the best file has that meets the target, where a loss is allowed what that
-    comes to; else there is none.
+    Where a loss is allowed that is what it comes to, and where quality is bettered what the best file has that meets
+    the target, if that is less; else there is none.
     """
-    if asked.prefer != "best":
-        allowed = asked.target.quality_loss
-        return np.inf if allowed is None else rise_of(asked, outcomes).most_divergence(allowed)
-    if not able(asked, outcomes):
-        return np.inf
+    loss = asked.target.quality_loss
+    allowed = np.inf if loss is None else rise_of(asked, outcomes).most_divergence(loss)
+    if asked.prefer != "best" or not able(asked, outcomes):
+        return allowed
     best = best_of(asked, outcomes)
-    return np.inf if worst_miss(best.lines(asked.target)) else best.value("divergence")
+    return allowed if worst_miss(best.lines(asked.target)) else min(best.value("divergence"), allowed)
+
+
+def with_doubt(asked: Asked) -> Asked:
+    """The same with a speed that is less by what the clock may be off."""
+    speed = asked.target.speed
+    patient = asked.target.model_copy(update={"speed": None if speed is None else speed / CLOCK_DOUBT})
+    return replace(asked, target=patient)
 
 
 def rise_of(asked: Asked, outcomes: Sequence[Outcome]) -> Rise:

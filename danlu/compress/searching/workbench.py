@@ -15,7 +15,7 @@ from danlu.artifact import write_json
 from danlu.compress.quantizing.mixes import matrices, matrices_of
 from danlu.compress.quantizing.quantizer import calibration_rows, quantize_model
 from danlu.compress.searching.asked import Asked, parts
-from danlu.compress.searching.choice import Mix, able, best_mix, best_of, correct, most_own, rise_of
+from danlu.compress.searching.choice import Mix, able, best_mix, best_of, correct, most_own, rise_of, with_doubt
 from danlu.compress.searching.costs import Costs
 from danlu.compress.searching.outcome import Outcome
 from danlu.compress.searching.sensitivity import Sensitivities, formats, sensitivities
@@ -192,13 +192,17 @@ class Bench:
 
     def _next(self, outcomes: Sequence[Outcome]) -> Mix | None:
         """The best mix, if it was not made yet. Smaller models are looked at once there is something to beat, or where
-        the whole one cannot keep the limits."""
+        the whole one cannot keep the limits, even if the clock should be off."""
         starts = self.corrected(outcomes)
         mix = self.best(list(starts.values()), outcomes)
-        if outcomes or not mix.within:
+        if outcomes or not (mix.within or self._may_keep(starts)):
             starts = self.corrected(outcomes, self.pursued(outcomes))
             mix = self.best(list(starts.values()), outcomes)
         return None if any(map(mix.is_of, outcomes)) else mix
+
+    def _may_keep(self, starts: Mapping[str, Start]) -> bool:
+        asked = with_doubt(self.asked)
+        return best_mix(asked, list(starts.values()), self.caches(), rise_of(asked, ())).within
 
     def pursued(self, outcomes: Sequence[Outcome]) -> list[str]:
         """Smaller models that may still win."""
