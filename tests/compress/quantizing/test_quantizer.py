@@ -172,3 +172,42 @@ def test_what_is_put_aside_takes_no_memory_and_is_read_again(tmp_path: Path) -> 
     assert in_memory() > 500
     forget_pages(packed.data)
     assert in_memory() == 0 and torch.equal(packed.data, round_plainly(-weight, form).packed)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory, short: Checkpoint) -> Path:
+    """Two layers whose rows fill the blocks of every format."""
+    tokenizer = short.tokenizer
+    torch.manual_seed(0)
+    shape = {"width": 256, "layers": 2, "heads": 4, "kv_heads": 4, "head_width": 64, "feedforward_width": 512}
+    made = Decoder(ModelConfig(vocab_size=tokenizer.vocab_size, context=64, tied=True, **shape))
+    with torch.no_grad():
+        made.embedding.tokens.weight.normal_(0, 0.05)
+        for weight in made.blocks.parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 0.1)
+    out = tmp_path_factory.mktemp("wide") / "f32.gguf"
+    write_gguf(made, tokenizer, out)
+    return out
+
+
+@pytest.mark.parametrize("kind", list(FORMATS))
+def test_the_engine_computes_with_what_was_written(wide: Path, tmp_path: Path, kind: str) -> None:
+    """A whole file of one format against its own numbers in F32, which the engine multiplies without rounding inputs."""
+    pytest.importorskip("llama_cpp", reason="the extra danlu[device] is not installed")
+    from danlu.device.divergence import score_divergence
+    from danlu.device.texts import documents_of
+
+    file, plain = tmp_path / "made.gguf", tmp_path / "plain.gguf"
+    checkpoint = Checkpoint.open(wide)
+    forms = dict.fromkeys(matrices(checkpoint), kind)
+    assert quantize_model(checkpoint, forms, TEXT, file, tokens=4096).forms == {kind: len(forms)}
+    made = Checkpoint.open(file)
+    write_gguf(made.load(), made.tokenizer, plain)
+    documents = documents_of(OTHER, made.tokenizer, 256, "--heldout", 64)
+
+    def apart(original: Path) -> float:
+        scored = score_divergence(original, file, documents, context=64, threads=1)
+        return float(scored.divergence.sum() / scored.counts.sum())
+
+    assert apart(plain) < min(1e-3, 0.5 * apart(wide))
