@@ -27,9 +27,6 @@ def command(
     """Args: recipe: the file. recompute, offload: what it says already, the latter by setting where it is not none."""
     if asked.lora is not None:
         return _tune(asked, best, asked.lora, recipe)
-    if asked.cluster.count == 1 and "offload.state" in best.offload and not asked.cluster.accelerator.processor:
-        why = "danlu train puts weights away that are laid out over two processes or more, and this is one"
-        return Command(None, why)
     told = dict.fromkeys(offload or {}, "none") | best.offload
     changed = {name: value for name, value in told.items() if value != (offload or {}).get(name, "none")}
     if best.recompute != recompute:

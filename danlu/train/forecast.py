@@ -120,10 +120,8 @@ def check_recipe_plan(recipe: TrainRecipe, plan: Plan) -> None:
 
 def refusals(recipe: TrainRecipe, plan: Plan, work: Work, recompute: str) -> list[str]:
     """What of a recipe besides its rows and its objective a plan cannot carry out, by the setting's name."""
-    shared = plan.data * plan.context * plan.expert * plan.shard
     reasons = {
         "compile": recipe.compile == "on" and (plan.world > plan.data * plan.shard or recompute == "selective"),
-        "offload.state": recipe.offload.state != "none" and plan.world > 1 and shared == 1,
         "batch.growing": any(growing_problems(recipe, plan, work)),
     }
     return [name for name, holds in reasons.items() if holds]

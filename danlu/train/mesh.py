@@ -84,7 +84,7 @@ class Mesh:
     def sharding(self, experts: bool = False, always: bool = False) -> DeviceMesh | None:
         """The processes over which FSDP lays weights (of experts, or the others).
 
-        None where each holds its own; with `always`, only where there is no process group.
+        None where each holds its own; with `always`, this one alone then, and None only where there is no group.
         """
         mesh = self.sparse if experts else self.dense
         if mesh is None:

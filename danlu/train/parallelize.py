@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from danlu.model.mixture import BankFeedForward
 from danlu.model.transformer import Block, Decoder, Encoder, Stack
@@ -50,12 +50,16 @@ def split(model: nn.Module, mesh: Mesh, length: int, dtype: torch.dtype = torch.
     return parts
 
 
-def _over(mesh: Mesh, dtype: torch.dtype, experts: bool = False) -> DeviceMesh | None:
-    """The processes over which FSDP lays weights; where several compute in less than fp32 this one alone, if need be.
+def _over(
+    mesh: Mesh, dtype: torch.dtype, experts: bool = False, offload: OffloadPolicy | None = None
+) -> DeviceMesh | None:
+    """The processes over which FSDP lays weights; this one alone, if need be, where there is a group: where it computes
+    in less than fp32, and where weights rest elsewhere.
 
-    FSDP then keeps the fp32 weights, rounds them for each use and sums gradients in fp32, under every plan.
+    FSDP then keeps the fp32 weights, rounds them for each use and sums gradients in fp32, and brings what rests
+    elsewhere, under every plan.
     """
-    return mesh.sharding(experts, always=dtype != torch.float32)
+    return mesh.sharding(experts, always=dtype != torch.float32 or isinstance(offload, CPUOffloadPolicy))
 
 
 def shard(root: nn.Module, mesh: Mesh, dtype: torch.dtype, offload: OffloadPolicy | None = None) -> None:
@@ -66,7 +70,7 @@ def shard(root: nn.Module, mesh: Mesh, dtype: torch.dtype, offload: OffloadPolic
         dtype: what is computed in. Weights are kept, and gradients summed, in fp32.
         offload: where weights, gradients and moments rest, if not where they are used.
     """
-    over, over_experts = _over(mesh, dtype), _over(mesh, dtype, experts=True)
+    over, over_experts = (_over(mesh, dtype, experts, offload) for experts in (False, True))
     if over is None:
         return
     options: dict[str, Any] = {

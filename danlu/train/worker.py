@@ -83,9 +83,12 @@ def work(
     # Layouts that need two gathers are known, and slow only where a checkpoint is read.
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
     device = _device(rank)
-    begun = rank.world > 1 and not dist.is_initialized()  # Ray makes the group itself
+    # FSDP, which brings weights that rest on the host, wants a group, if of one.
+    several = rank.world > 1 or (device.type == "cuda" and settings.offload.state != "none")
+    begun = several and not dist.is_initialized()  # Ray makes the group itself
     if begun:
-        dist.init_process_group(backend_for(device.type), rank=rank.number, world_size=rank.world)
+        store = dist.HashStore() if rank.world == 1 else None
+        dist.init_process_group(backend_for(device.type), rank=rank.number, world_size=rank.world, store=store)
     try:
         return _train(settings, home, rank, device, plan, steps or settings.steps, free)
     finally:

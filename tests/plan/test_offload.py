@@ -205,17 +205,10 @@ def test_the_line_is_one_that_danlu_train_reads(tmp_path: Path) -> None:
     assert read.recompute == answer["plan"]["recompute"]
 
 
-def test_one_accelerator_that_danlu_cannot_put_weights_away_from_is_told() -> None:
+def test_one_accelerator_puts_weights_away_too() -> None:
     answer = planned("--model", "llama-2-7b", "--gpus", "a100-80gb", "--seq", "2048", "--tokens-per-step", "64k")
     assert answer["plan"]["offload"]
-    assert answer["command"] is None
-    assert "two processes" in answer["no_command"]
-    thin = planned("--model", "llama-2-7b", "--gpus", "a100-80gb", "--fit", "cluster", "--seq", "2048")
-    assert thin["fit"].endswith("2 a100-80gb")  # with --fit nothing is put away unless it is asked for
-    least = planned(
-        "--model", "llama-2-7b", "--gpus", "a100-80gb", "--fit", "cluster", "--seq", "2048", "--offload", "host"
-    )
-    assert least["fit"].endswith("1 a100-80gb")
+    assert "--nproc 1" in answer["command"] and "--set offload.state=host" in answer["command"]
 
 
 def test_what_a_recipe_puts_away_is_counted() -> None:

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from torch.distributed.tensor import DTensor
 
 from danlu.data.stream import Batch
@@ -37,6 +37,7 @@ from danlu.train.optimizing.settings import OptimizerSettings
 from danlu.train.recompute import Recompute, recompute_blocks
 from danlu.train.replica import Replica
 from danlu.train.state import Checkpoints
+from danlu.train.weights import masters_and_copies
 from tests.train.ranks import run_ranks
 
 DENSE = ModelConfig(
@@ -393,6 +394,37 @@ def spread(home: str) -> None:
 
 def test_on_two_processes_too(tmp_path: Path) -> None:
     run_ranks(2, spread, str(tmp_path))
+
+
+def on_the_host(config: ModelConfig, dtype: torch.dtype, policy: OffloadPolicy) -> tuple[list[Any], set[type]]:
+    """Losses and norms of a group of one, whose weights come from where the policy says; and the weights' kinds."""
+    torch.manual_seed(1)
+    mesh = make_mesh(Plan(micro_batches=2))
+    replica = Replica(
+        Decoder(config), [next_token], mesh, rows=4, length=16, dtype=dtype, recompute="full", offload=policy
+    )
+    optimizer = Optimizer(*masters_and_copies(replica, dtype), OptimizerSettings())
+    curve = []
+    for step in range(3):
+        loss = float(replica.gradients(batch(step), batch(step).count))
+        gradients = optimizer.gradients()
+        norm = replica.norm(gradients)
+        clip(gradients, norm, 0.5)
+        optimizer.step(1e-2)
+        optimizer.zero()
+        curve.append((loss, float(norm)))
+    return curve, set(map(type, replica.parameters().values()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [DENSE, MIXTURE], ids=["dense", "mixture"])
+def test_weights_that_rest_on_the_host_make_the_same_bits_in_one_process(
+    config: ModelConfig, dtype: torch.dtype
+) -> None:
+    """As on one accelerator; here the processor plays both."""
+    [(plain, _)] = run_ranks(1, on_the_host, config, dtype, OffloadPolicy())
+    [(moved, kinds)] = run_ranks(1, on_the_host, config, dtype, CPUOffloadPolicy(pin_memory=False))
+    assert moved == plain and kinds == {DTensor}
 
 
 # --- The proof ------------------------------------------------------------------------------------------------------

@@ -193,7 +193,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory, short: Checkpoint) -> Path:
 
 @pytest.mark.parametrize("kind", list(FORMATS))
 def test_the_engine_computes_with_what_was_written(wide: Path, tmp_path: Path, kind: str) -> None:
-    """A whole file of one format against its own numbers in F32, which the engine multiplies without rounding inputs."""
+    """A whole file of one format beside its own numbers in F32, whose inputs the engine does not round."""
     pytest.importorskip("llama_cpp", reason="the extra danlu[device] is not installed")
     from danlu.device.divergence import score_divergence
     from danlu.device.texts import documents_of

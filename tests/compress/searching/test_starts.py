@@ -120,7 +120,9 @@ def test_the_whole_one_is_made_first_where_it_is_too_slow_by_no_more_than_the_cl
         assert looked_at == (start != "whole")
 
 
-def test_a_smaller_model_that_a_limit_on_the_loss_forbids_is_not_gone_on_with(small: Checkpoint, tmp_path: Path) -> None:
+def test_a_smaller_model_that_a_limit_on_the_loss_forbids_is_not_gone_on_with(
+    small: Checkpoint, tmp_path: Path
+) -> None:
     limit = f"{smallest_file(small) * 0.97:.0f}"
     found = search(asked(small, "channels=192", file_size=limit, quality_loss="0.01%"), tmp_path / "out")
     [smaller] = found["smaller"]
