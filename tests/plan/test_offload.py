@@ -209,6 +209,12 @@ def test_one_accelerator_puts_weights_away_too() -> None:
     answer = planned("--model", "llama-2-7b", "--gpus", "a100-80gb", "--seq", "2048", "--tokens-per-step", "64k")
     assert answer["plan"]["offload"]
     assert "--nproc 1" in answer["command"] and "--set offload.state=host" in answer["command"]
+    thin = planned("--model", "llama-2-7b", "--gpus", "a100-80gb", "--fit", "cluster", "--seq", "2048")
+    assert thin["fit"].endswith("2 a100-80gb")  # with --fit nothing is put away unless it is asked for
+    least = planned(
+        "--model", "llama-2-7b", "--gpus", "a100-80gb", "--fit", "cluster", "--seq", "2048", "--offload", "host"
+    )
+    assert least["fit"].endswith("1 a100-80gb")
 
 
 def test_what_a_recipe_puts_away_is_counted() -> None:
