@@ -93,7 +93,7 @@ def tune(recipe: TrainRecipe, out: Path) -> Checkpoint:
     before its end: the same command goes on.
     """
     with beginning(out):
-        keep_to(out / RECIPE, yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True))
+        keep_to(out / RECIPE, yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True), _as_recipe)
         prepare(recipe, out)
     done = start(recipe, out, plan=None, steps=None)
     if "model" not in done:
@@ -128,9 +128,20 @@ def prepare(recipe: TrainRecipe, out: Path) -> None:
     make_task(recipe, out).stream(Mesh())
 
 
-def keep_to(file: Path, text: str) -> None:
-    """Note what is made in a directory. Raises DanluError where something else was begun there."""
-    if file.exists() and file.read_text(encoding="utf-8") != text:
+def _as_recipe(text: str) -> object:
+    """What a recipe's text says; settings that are younger than it are as they come."""
+    try:
+        return TrainRecipe.model_validate(yaml.safe_load(text))
+    except (ValueError, yaml.YAMLError):
+        return None
+
+
+def keep_to(file: Path, text: str, read: Callable[[str], object] = str) -> None:
+    """Note what is made in a directory. Raises DanluError where something else was begun there.
+
+    Args: read: what of a note counts.
+    """
+    if file.exists() and read(file.read_text(encoding="utf-8")) != read(text):
         what = f"holds what was made with other settings: {file.name} says which"
         raise DanluError(what, where=file.parent, fix="name the same ones, or another --out")
     write_aside(file, text)
