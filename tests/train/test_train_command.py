@@ -202,7 +202,7 @@ def test_sigterm_while_it_prepares_ends_at_once(recipe: Path, tmp_path: Path, np
         process.send_signal(signal.SIGTERM)
         told, said = process.communicate(timeout=60)
     assert process.returncode == 0 and time.monotonic() - asked < 15, said[-3000:]
-    assert "stopped before the first step; the same command begins again" in said and "Traceback" not in said
+    assert "stopped before the first step; the same command goes on" in said and "Traceback" not in said
     assert told == "" or json.loads(told)["ended"] == "stopped"
     assert (
         not (tmp_path / "out" / "corpus" / "index.json").exists() and not (tmp_path / "out" / "metrics.jsonl").exists()
