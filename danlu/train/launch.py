@@ -30,7 +30,7 @@ from danlu.train.signals import STOP_SIGNALS, Stopping, even_if_deaf
 GIVEN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # by torchrun and its like to each process
 MANY_RESTARTS = 1_000_000  # the elastic agent's own count, which never decides
 EARLY = "{}: stopped before the first step; the same command goes on"
-DEAF_SECONDS = 5.0  # that a process alone gets to end in order where it need not save
+DEAF_SECONDS = 3.0  # that a process alone gets to end in order where it need not save
 
 
 class LaunchSettings(Settings):

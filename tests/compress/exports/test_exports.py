@@ -216,7 +216,9 @@ def test_a_directory_is_run_by_its_engine(tiny_model: Path, tmp_path: Path, kind
     shutil.rmtree(tmp_path / "out")
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4", "int8-inputs", "fp8"])
+@pytest.mark.parametrize(
+    "kind", ["int4", "int8-inputs", *(pytest.param(kind, marks=pytest.mark.soak) for kind in ("int8", "fp8"))]
+)
 def test_torch_computes_in_few_bits(model: Path, kind: str) -> None:
     pytest.importorskip("torchao", reason="the extra danlu[float8] is not installed")
     from danlu.compress.quantizing.torch_types import measure

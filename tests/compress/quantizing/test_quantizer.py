@@ -191,7 +191,10 @@ def wide(tmp_path_factory: pytest.TempPathFactory, short: Checkpoint) -> Path:
     return out
 
 
-@pytest.mark.parametrize("kind", list(FORMATS))
+LONG = ("q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_1")  # what these are made of, the others are, too
+
+
+@pytest.mark.parametrize("kind", [pytest.param(x, marks=pytest.mark.soak) if x in LONG else x for x in FORMATS])
 def test_the_engine_computes_with_what_was_written(wide: Path, tmp_path: Path, kind: str) -> None:
     """A whole file of one format beside its own numbers in F32, whose inputs the engine does not round."""
     pytest.importorskip("llama_cpp", reason="the extra danlu[device] is not installed")
