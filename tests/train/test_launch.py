@@ -244,7 +244,8 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
 # --- Dying ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kills", [KILLS, pytest.param(5 * KILLS, marks=pytest.mark.soak)])
+@pytest.mark.soak  # tests/train/test_kills.py kills ranks of real runs
+@pytest.mark.parametrize("kills", [KILLS, 5 * KILLS])
 def test_ranks_killed_at_random_lose_nothing(launcher: Launcher, tmp_path: Path, kills: int) -> None:
     chance = random.Random("丹炉")
     steps = 8 * kills

@@ -277,11 +277,13 @@ def curve(out: Path, plan: str, float8: bool) -> list[float]:
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_float8_learns_what_bf16_does_alone_and_split(tmp_path: Path) -> None:
+@pytest.mark.parametrize("plan", ["data=1", pytest.param("shard=2", marks=pytest.mark.soak)])
+def test_float8_learns_what_bf16_does(plan: str, tmp_path: Path) -> None:
     """Products are rounded as the hardware does it, and summed in full precision: what is to be seen without it."""
     pytest.importorskip("torchao", reason="the extra danlu[float8] is not installed")
     plain, rounded = (curve(tmp_path / str(number), "data=1", bool(number)) for number in range(2))
     assert rounded != plain and rounded[-1] < 0.5 * rounded[0]
     assert all(abs(mine - expected) < 0.05 * plain[0] for mine, expected in zip(rounded, plain, strict=True))
-    split = run_ranks(2, curve, tmp_path / "split", "shard=2", True)[0]
-    assert all(abs(mine - expected) < 0.02 * plain[0] for mine, expected in zip(split, rounded, strict=True))
+    if plan != "data=1":
+        split = run_ranks(2, curve, tmp_path / "split", plan, True)[0]
+        assert all(abs(mine - expected) < 0.02 * plain[0] for mine, expected in zip(split, rounded, strict=True))

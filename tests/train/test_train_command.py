@@ -220,7 +220,10 @@ def test_a_job_file_carries_the_command(kind: str, holds: str, recipe: Path, tmp
 FROZEN = ("--set", "optimizer.frozen=[blocks.0.*, embedding.*]")
 
 
-@pytest.mark.parametrize("words", [(), ("--set", "precision=bf16"), ("--nproc", "2", "--plan", "shard=2")])
+SPLIT = pytest.param(("--nproc", "2", "--plan", "shard=2"), marks=pytest.mark.soak)
+
+
+@pytest.mark.parametrize("words", [(), ("--set", "precision=bf16"), SPLIT])
 def test_frozen_weights_stay_as_they_started(words: tuple[str, ...], recipe: Path, tmp_path: Path) -> None:
     if "--nproc" in words:
         run(recipe, tmp_path, *FROZEN, *words, "--steps", "2")
