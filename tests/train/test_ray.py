@@ -21,7 +21,7 @@ from danlu.train.hang import read_sign
 from danlu.train.launch import LaunchSettings
 from danlu.train.ray_launch import launch_on_ray
 from tests.train.test_launch import WORKER, newest, undisturbed, wait_until
-from tests.train.tiny_run import command, here, metrics, write_recipe
+from tests.train.tiny_run import assert_same_curve, command, here, write_recipe
 
 pytest.importorskip("ray", reason="Ray is not installed (pip install 'danlu[cluster]')")
 QUIET = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
@@ -136,8 +136,7 @@ def test_the_command_trains_on_two_nodes_as_one_process_does(driver: Driver, tmp
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert json.loads(ended.stdout)["plan"] == "shard=2"
-    for mine, expected in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
-        assert mine["batch"] == expected["batch"] and abs(mine["loss"] - expected["loss"]) < 1e-5
+    assert_same_curve(tmp_path / "two", tmp_path / "one")
     assert (tmp_path / "two" / "model" / "model.safetensors").exists()
 
 

@@ -65,6 +65,12 @@ def metrics(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+def assert_same_curve(mine: Path, expected: Path) -> None:
+    """Two runs have seen the same batches, and their losses agree within 1e-5."""
+    for ours, theirs in zip(metrics(mine), metrics(expected), strict=True):
+        assert ours["batch"] == theirs["batch"] and abs(ours["loss"] - theirs["loss"]) < 1e-5
+
+
 def curve(out: Path) -> list[tuple[Any, ...]]:
     names = ("step", "loss", "gradient_norm", "learning_rate", "batch", "validation")
     return [tuple(line.get(name) for name in names) for line in metrics(out)]
