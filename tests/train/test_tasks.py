@@ -278,8 +278,21 @@ def test_corpora_are_mixed_by_weight_in_one_vocabulary(home: Path, tmp_path: Pat
     ids = [(out / "corpus" / name / "tokenizer" / "tokenizer.json").read_text() for name in ("nouns", "others")]
     assert ids[0] == ids[1] and "splendid" in ids[0]
     other = recipe(home, "several corpora, growing", data={"heldout": "10%"})
-    with pytest.raises(DanluError, match="made from other data settings"):
+    with pytest.raises(DanluError, match="made from other data settings") as raised:
         train(other, out)
+    assert raised.value.fix == "use the recipe of that run, or another --out"
+
+
+def test_a_run_that_ended_before_it_learned_can_be_deleted_for_other_data(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    short = recipe(home, "several corpora, growing").plain()
+    short["data"] = {"sources": [str(tmp_path / "short.txt")], "vocabulary": {"kind": "characters"}}
+    short["data"]["heldout_from"] = "end"
+    with pytest.raises(DanluError, match="fewer than a window"):
+        train(TrainRecipe.model_validate(short), tmp_path / "run")
+    with pytest.raises(DanluError, match="made from other data settings") as raised:
+        train(recipe(home, "several corpora, growing"), tmp_path / "run")
+    assert raised.value.fix == "delete it, as it has no checkpoint to lose"
 
 
 @pytest.mark.parametrize("file", ["bert-pretraining", "bert-sst2", "bert-sst2-scratch", "t5-multi30k"])

@@ -32,7 +32,9 @@ from danlu.model.checkpoint import Checkpoint
 
 KEPT_APART = 0.15  # of the calibration text, its end: candidates are compared on it, and nothing is fitted to it
 # What is kept for going on depends on these settings; on the others it does not.
-KEPT_SETTINGS = {"context", "threads", "gradient_tokens", "calibration_tokens", "refining_passes", "chosen_tokens"}
+KEPT_SETTINGS = {
+    "context", "threads", "gradient_tokens", "calibration_tokens", "refining_passes", "tuning_steps", "chosen_tokens",
+}  # fmt: skip
 KEPT_FORM = 3  # of what is kept for going on: what another version kept is left aside, not misread
 
 

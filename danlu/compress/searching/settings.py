@@ -33,6 +33,7 @@ class SearchSettings(Settings):
     gradient_tokens: int = Field(2048, ge=512, description="of the calibration text, that tell what each matrix costs")
     calibration_tokens: int = Field(8192, ge=4096, description="of it, that rounding is fitted to")
     refining_passes: int = Field(2, ge=0, description="through a matrix after it is rounded")
+    tuning_steps: int = Field(0, ge=0, description="of 2,048 tokens each, that steps and norms then learn in")
     chosen_tokens: int = Field(4096, ge=512, description="of it, kept apart, that candidates are compared on")
     heldout_tokens: int = Field(8192, ge=512, description="that the certificate is measured on")
     repeats: int = Field(6, gt=0, description="timed repeats; the range of six holds the median with 97 % confidence")

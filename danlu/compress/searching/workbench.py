@@ -222,8 +222,8 @@ class Bench:
     def write(self, name: str, forms: Mapping[str, str], file: Path) -> None:
         """A model of this name, rounded."""
         settings, checkpoint = self.asked.settings, self.start(name).checkpoint
-        tokens, passes = settings.calibration_tokens, settings.refining_passes
-        quantize_model(checkpoint, forms, self.fitted, file, tokens, passes=passes)
+        tokens, steps, passes = settings.calibration_tokens, settings.tuning_steps, settings.refining_passes
+        quantize_model(checkpoint, forms, self.fitted, file, tokens, steps, passes=passes)
 
     def subject(self, file: Path, cache: str, name: str) -> Subject:
         """What is certified of a file that was made of the model of this name."""

@@ -20,6 +20,7 @@ from danlu.train.mesh import Mesh
 from danlu.train.notes import read_note
 from danlu.train.recipe import TrainRecipe
 from danlu.train.replica import Replica
+from danlu.train.state import CHECKPOINTS, list_checkpoints
 from danlu.train.tasks.labels import make_label_task
 from danlu.train.tasks.pairs import make_contrast_task, make_pair_task
 from danlu.train.tasks.shape import Shaping
@@ -84,7 +85,9 @@ def make_task(settings: TrainRecipe, home: Path) -> Task:
     note = home / RECIPE
     if note.exists() and read_note(note, lambda saved: saved["data"], LOST_RECIPE) != settings.data.plain():
         what = "was made from other data settings than the recipe's"
-        raise DanluError(what, where=home, fix="use the recipe of that run, or another --out")
+        begun = any(list_checkpoints(home / CHECKPOINTS))
+        fix = "use the recipe of that run, or another --out" if begun else "delete it, as it has no checkpoint to lose"
+        raise DanluError(what, where=home, fix=fix)
     home.mkdir(parents=True, exist_ok=True)
     task = _make(settings, home)
     if not note.exists():

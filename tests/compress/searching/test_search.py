@@ -14,9 +14,10 @@ import pytest
 pytest.importorskip("llama_cpp", reason="the extra danlu[device] is not installed")
 
 from danlu.compress.quantizing.mixes import matrices
-from danlu.compress.quantizing.quantizer import calibration_rows
+from danlu.compress.quantizing.quantizer import calibration_rows, quantize_model
 from danlu.compress.searching import search as searching
 from danlu.compress.searching import workbench
+from danlu.compress.searching.asked import parts
 from danlu.compress.searching.frontier import print_frontier
 from danlu.compress.searching.search import Asked, search
 from danlu.compress.searching.sensitivity import sensitivities
@@ -180,6 +181,16 @@ def test_the_frontier_is_there_as_it_grows_and_is_not_taken_for_finished(
     again = search(asked, out)
     assert "finished already" not in capsys.readouterr().err
     assert again["finished"] and again["certificate"]["passed"] and (out / "card.json").is_file()
+
+
+def test_files_are_tuned_by_so_many_steps(asked: Asked, found: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    tuned = replace(asked, settings=SMALL.model_copy(update={"candidates": 1, "answers": 0, "tuning_steps": 2}))
+    [made] = search(tuned, tmp_path / "out")["measured"]
+    assert made["matrices"] == found[1]["measured"][0]["matrices"], "tuning changes nothing that is told"
+    fitted, twin = parts(asked.calibration)[0], tmp_path / "twin.gguf"
+    for steps in (0, 2):
+        quantize_model(asked.checkpoint, made["matrices"], fitted, twin, SMALL.calibration_tokens, steps)
+        assert ((tmp_path / "out" / "model.gguf").read_bytes() == twin.read_bytes()) == (steps == 2)
 
 
 def test_texts_that_are_not_apart_are_refused(asked: Asked, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def test_wishes_go_before_presets() -> None:
     settings = read_settings(True, False, {"types": "q4_0, Q8_0", "minutes": 3.0, "context": None})
     assert settings.types == ("q4_0", "q8_0") and settings.minutes == 3
     assert settings.candidates == FAST["candidates"]
+    assert read_settings(False, True, {"tuning_steps": 3}).tuning_steps == 3
     with pytest.raises(DanluError, match="exclude each other"):
         read_settings(True, True, {})
     with pytest.raises(DanluError, match="did you mean q4_0"):
