@@ -17,7 +17,7 @@ from danlu.compress.walk import Walk
 from danlu.model.config import ModelConfig
 from danlu.model.stored import Make
 
-HELD = 2**29  # bytes, at most, of what a block's layers are given in the original
+HELD = 2**28  # bytes, at most, of what a block's layers are given in the original
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Beside:
     """Calibration rows on their way through both. See `Walk`."""
 
     def __init__(self, config: ModelConfig, makers: Mapping[str, Make], rows: Tensor, dtype: torch.dtype) -> None:
-        self.original, self.changed = (Walk(config, makers, rows, dtype) for _ in range(2))
+        self.original, self.changed = (Walk(config, makers, rows, dtype, lean) for lean in (True, False))
 
     def embed(self) -> dict[str, Tensor]:
         """Look the rows' words up, in the embedding as it is. Returns its weights by their names in the model."""

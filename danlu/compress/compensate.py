@@ -27,7 +27,7 @@ class Inputs:
 
     Args:
         products: fp32 [columns, columns], the sum over calibration tokens of the inputs' products; damped in place.
-        drift: the same of (inputs in the original model - inputs) with the inputs. None for nothing.
+        drift: the same of (inputs in the original model - inputs) with the inputs; used up. None for nothing.
         damping: of the products.
 
     Attributes:
@@ -39,15 +39,10 @@ class Inputs:
     """
 
     def __init__(self, products: Tensor, drift: Tensor | None = None, damping: float = DAMPING) -> None:
-        self.shift = None
-        if drift is not None:
-            damped = products.clone()
-            _damp(damped, CAUTION)
-            lower = torch.linalg.cholesky(damped)
-            self.shift = torch.cholesky_solve(drift.T, lower).T
+        # Matrices of this size are the largest things in memory: each takes the place of the one before it.
+        self.shift = None if drift is None else _solved(products, drift.T).T
         self.products, self.ridge = products, _damp(products, damping)
         self.importance = self.products.diagonal().clone()
-        # Matrices of this size are the largest things in memory: each takes the place of the one before it.
         inverse = torch.linalg.cholesky(self.products)
         torch.cholesky_inverse(inverse, out=inverse)
         self.factor = torch.linalg.cholesky(inverse, upper=True, out=inverse)
@@ -61,6 +56,15 @@ class Inputs:
         as tokens that were not looked at drift otherwise.
         """
         return weight if self.shift is None else torch.addmm(weight, weight, self.shift)
+
+
+def _solved(products: Tensor, sought: Tensor) -> Tensor:
+    """The inverse of cautiously damped products times a matrix, in whose place it is put; fp32 [columns, columns]."""
+    damped = products.clone()
+    _damp(damped, CAUTION)
+    lower = torch.linalg.cholesky(damped, out=damped)
+    torch.linalg.solve_triangular(lower, sought, upper=False, out=sought)
+    return torch.linalg.solve_triangular(lower.mT, sought, upper=True, out=sought)
 
 
 def _damp(products: Tensor, share: float) -> float:

@@ -53,6 +53,7 @@ class Walk:
         makers: read its weights, by name, in fp32.
         rows: int64 [rows, T], token ids.
         dtype: that blocks multiply in; the stream between them stays fp32.
+        lean: weights of linear layers are held in that dtype, which changes no product; nobody else may read them.
 
     Attributes:
         model: on the meta device, but for the part whose turn it is.
@@ -61,11 +62,16 @@ class Walk:
     """
 
     def __init__(
-        self, config: ModelConfig, makers: Mapping[str, Make], rows: Tensor, dtype: torch.dtype = torch.float32
+        self,
+        config: ModelConfig,
+        makers: Mapping[str, Make],
+        rows: Tensor,
+        dtype: torch.dtype = torch.float32,
+        lean: bool = False,
     ) -> None:
         made = without_memory(config)
         assert isinstance(made, Decoder | Encoder)
-        self.model, self._makers, self.dtype = made.eval(), makers, dtype
+        self.model, self._makers, self.dtype, self._lean = made.eval(), makers, dtype, lean
         self._places = torch.arange(rows.shape[1]).expand(ROWS, -1)
         self._rows = rows.split(ROWS)
         self._sights: dict[tuple[bool, int], tuple[Sight]] = {}
@@ -150,7 +156,10 @@ class Walk:
         return weights | {name: make() for name, make in self._makers.items() if name.startswith("head.")}
 
     def _fill(self, module: nn.Module, prefix: str) -> dict[str, Tensor]:
-        weights = {name: self._makers[prefix + name]() for name in module.state_dict()}
+        linear = {f"{name}.weight" for name, inner in module.named_modules() if type(inner) is nn.Linear}
+        lean = linear if self._lean else set()
+        read = {name: self._makers[prefix + name]() for name in module.state_dict()}
+        weights = {name: weight.to(self.dtype) if name in lean else weight for name, weight in read.items()}
         module.load_state_dict(weights, assign=True)
         return {prefix + name: weight for name, weight in weights.items()}
 
