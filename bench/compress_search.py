@@ -1,7 +1,7 @@
 """The search on SmolLM2-135M: what it finds beside llama.cpp's own files, what it told of that, and how long it takes.
 
     python bench/compress_search.py [--cases fast,size,smallest,speed] [--effort fast] [--minutes 30] [--rounds 5]
-        [--heldout 16384] [--work DIR] [--save]
+        [--heldout 16384] [--first speed=0.84,size=0.96] [--tries 3] [--work DIR] [--save]
 
 fast       120 MB with its cache, 0.8 times the speed of llama.cpp's Q4_0 as the clock tells it, 3 % loss: the time
            that `--fast` takes; bar 3 minutes on 2 idle cores
@@ -12,9 +12,10 @@ speed      the best that decodes as fast as llama.cpp's Q4_0: divergence at most
 Texts, importance matrix and held-out pieces are those of bench/compress.py. Every file is scored on the same pieces,
 and all decode by turns in fresh processes. Where this machine's speed swings within minutes, a speed measured now and a
 clock read later do not go together: the speeds that `size` and `speed` ask for are 5 % above what the clock tells of
-llama.cpp's files, and the search is given the same clock. Then what it found and llama.cpp's file decode by turns, and
-where it is not just as fast the search is asked again, for as much less or more (size-2, speed-2, ...). Models with
-fewer layers or channels, which never came near without distillation, are looked at by `fast` alone.
+llama.cpp's files (or what --first says), and the search is given the same clock. Then what it found and llama.cpp's
+file decode by turns, and where it is not just as fast the search is asked again, for as much less or more (size-2,
+speed-2, ...). Models with fewer layers or channels, which never came near without distillation, are looked at by `fast`
+alone.
 
 The package's weights were Q4_1 once, so that Q4_1 and Q5_1 hold them without loss: both are left out unless --types
 names them. --effort says how much the search spends in all cases but `fast`: fast, usual or best. What is done is kept
@@ -53,7 +54,7 @@ CASES = ("fast", "size", "smallest", "speed")
 STOCK = ("q4_0", "q4_k_m")
 OFF = 1.05  # the clock's own bar
 PACED = {"size": "q4_k_m", "speed": "q4_0"}  # cases -> llama.cpp's files that they are to be as fast as
-AIM, NEAR, TRIES = 1.01, 0.02, 3  # as fast as those, within this; searches for it, at most
+AIM, NEAR = 1.01, 0.02  # as fast as those, within this
 SECONDS, AT_SIZE, AT_SPEED, SMALLEST, LOSS = 180, 0.012, 0.030, 85e6, 0.01
 
 
@@ -156,8 +157,9 @@ def prepare(asked: Any, folder: Path) -> Bench:
 def search(case: str, bench: Bench) -> dict[str, dict[str, Any]]:
     """What is found in a case, by names; where a speed is asked for by turns, as often as that takes."""
     found: dict[str, dict[str, Any]] = {}
-    share = OFF
-    for number in range(1, (TRIES if case in PACED else 1) + 1):
+    first = dict(each.split("=") for each in bench.asked.first.split(",") if each)
+    share = float(first.get(case, OFF))
+    for number in range(1, (bench.asked.tries if case in PACED else 1) + 1):
         name = case if number == 1 else f"{case}-{number}"
         known = bench.kept.figures(name) if number > 1 else None
         found[name] = bench.find(name, limits(case, bench, share) if known is None else known["limits"])
@@ -222,6 +224,8 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--effort", choices=("fast", "usual", "best"), default="fast")
     parser.add_argument("--minutes", default="30", help="after which a search begins no further candidate")
+    parser.add_argument("--first", default="", help="share of the speed told of llama.cpp's file to ask first, by case")
+    parser.add_argument("--tries", type=int, default=3, help="searches for a speed, at most")
     parser.add_argument("--types", default=TYPES, help="number formats to try")
     parser.add_argument("--rounds", type=int, default=5, help="of decoding by turns")
     parser.add_argument("--heldout", type=int, default=16_384, help="tokens that files are scored on")

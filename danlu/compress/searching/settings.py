@@ -49,6 +49,6 @@ FAST = {
     "heldout_tokens": 3072, "probe_rounds": 1, "answers": 4, "answer_tokens": 128,
 }  # fmt: skip
 BEST = {
-    "candidates": 1000, "minutes": 120, "gradient_tokens": 8192, "calibration_tokens": 16_384, "chosen_tokens": 8192,
-    "heldout_tokens": 16_384, "probe_rounds": 3, "sustained": 120,
+    "candidates": 1000, "minutes": 120, "gradient_tokens": 8192, "calibration_tokens": 32_768, "tuning_steps": 48,
+    "chosen_tokens": 8192, "heldout_tokens": 16_384, "probe_rounds": 3, "sustained": 120,
 }  # fmt: skip
