@@ -1,7 +1,8 @@
 """The search on SmolLM2-135M: what it finds beside llama.cpp's own files, what it told of that, and how long it takes.
 
     python bench/compress_search.py [--cases fast,size,smallest,speed] [--effort fast] [--minutes 30] [--rounds 5]
-        [--heldout 16384] [--first speed=0.84,size=0.96] [--tries 3] [--work DIR] [--save]
+        [--heldout 16384] [--first speed=0.84,size=0.96] [--tries 3] [--tune 48]
+        [--work DIR] [--save]
 
 fast       120 MB with its cache, 0.8 times the speed of llama.cpp's Q4_0 as the clock tells it, 3 % loss: the time
            that `--fast` takes; bar 3 minutes on 2 idle cores
@@ -100,9 +101,10 @@ class Bench:
 
     def find(self, name: str, limits: list[str]) -> dict[str, Any]:
         """What the search makes under limits, kept under a name, with what it told and measured of it."""
-        effort = "fast" if name == "fast" else self.asked.effort
+        effort, tune = ("fast", None) if name == "fast" else (self.asked.effort, self.asked.tune)
         known = self.kept.figures(name)
-        if known is not None and known["effort"] == effort and (name == "fast" or known["limits"] == limits):
+        asked = {"effort": effort, "tune": tune} | ({} if name == "fast" else {"limits": limits})
+        if known is not None and all(known[part] == value for part, value in asked.items()):
             return known
         out, spent = self.kept.folder / "search", {"fast": ["--fast"], "best": ["--best"]}.get(effort, [])
         words = [
@@ -111,6 +113,7 @@ class Bench:
         ]
         if name != "fast":
             words += ["--device", str(self.clock())]
+            words += ["--tune", self.asked.tune] if self.asked.tune else []
         started = time.monotonic()
         ended = subprocess.run([sys.executable, "-m", "danlu", *words], check=False)
         seconds = time.monotonic() - started
@@ -118,7 +121,7 @@ class Bench:
             raise SystemExit(f"danlu {' '.join(words)} ended with code {ended.returncode}")
         frontier = json.loads((out / "frontier.json").read_text(encoding="utf-8"))
         self.kept.path(name).write_bytes((out / "model.gguf").read_bytes())
-        about = {"effort": effort, "limits": limits, "seconds": seconds}
+        about = {"effort": effort, "tune": tune, "limits": limits, "seconds": seconds}
         about |= {"passed": ended.returncode == 0, "why": frontier["why"]}
         about["candidates"] = [candidate(each) for each in frontier["measured"]]
         return self.kept.keep(name, about | self.score(self.kept.path(name)))
@@ -226,6 +229,7 @@ def main() -> None:
     parser.add_argument("--minutes", default="30", help="after which a search begins no further candidate")
     parser.add_argument("--first", default="", help="share of the speed told of llama.cpp's file to ask first, by case")
     parser.add_argument("--tries", type=int, default=3, help="searches for a speed, at most")
+    parser.add_argument("--tune", help="steps that each file is tuned in, where --effort shall not say")
     parser.add_argument("--types", default=TYPES, help="number formats to try")
     parser.add_argument("--rounds", type=int, default=5, help="of decoding by turns")
     parser.add_argument("--heldout", type=int, default=16_384, help="tokens that files are scored on")

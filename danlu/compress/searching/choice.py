@@ -46,6 +46,10 @@ class Mix:
         """Whether this is what was made there."""
         return (self.start.name, self.forms, self.cache) == (outcome.start, outcome.forms, outcome.cache)
 
+    def keeps(self, divergence: float) -> bool:
+        """Whether it is told to keep all limits and this one, nat a token, which none is where the best is sought."""
+        return self.within and self.told.divergence <= divergence
+
 
 def best_mix(asked: Asked, starts: Sequence[Start], caches: Mapping[str, float], rise: Rise) -> Mix:
     """The best of all models, formats and caches.

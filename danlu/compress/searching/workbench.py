@@ -193,16 +193,24 @@ class Bench:
     def _next(self, outcomes: Sequence[Outcome]) -> Mix | None:
         """The best mix, if it was not made yet. Smaller models are looked at once there is something to beat, or where
         the whole one cannot keep the limits, even if the clock should be off."""
-        starts = self.corrected(outcomes)
+        first = None if outcomes else self._first()
+        if first is not None:
+            return first
+        starts = self.corrected(outcomes, self.pursued(outcomes))
         mix = self.best(list(starts.values()), outcomes)
-        if outcomes or not (mix.within or self._may_keep(starts)):
-            starts = self.corrected(outcomes, self.pursued(outcomes))
-            mix = self.best(list(starts.values()), outcomes)
         return None if any(map(mix.is_of, outcomes)) else mix
 
-    def _may_keep(self, starts: Mapping[str, Start]) -> bool:
-        asked = with_doubt(self.asked)
-        return best_mix(asked, list(starts.values()), self.caches(), rise_of(asked, ())).within
+    def _first(self) -> Mix | None:
+        """The best mix of the whole model, if it may keep the limits. Where by this machine's clock speed and loss do
+        not go together, it is the best that is slower by what the clock may be off: once made, it tells more."""
+        starts, caches, rise = list(self.corrected([]).values()), self.caches(), rise_of(self.asked, [])
+        strict, patient = (best_mix(asked, starts, caches, rise) for asked in (self.asked, with_doubt(self.asked)))
+        if not (strict.within or patient.within):
+            return None
+        loss, timed_here = self.asked.target.quality_loss, self.asked.profile is None
+        most = np.inf if loss is None else rise.most_divergence(loss)
+        doubted = timed_here and not strict.keeps(most) and patient.keeps(most)
+        return patient if doubted else strict
 
     def pursued(self, outcomes: Sequence[Outcome]) -> list[str]:
         """Smaller models that may still win."""

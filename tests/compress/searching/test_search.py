@@ -18,7 +18,9 @@ from danlu.compress.quantizing.quantizer import calibration_rows, quantize_model
 from danlu.compress.searching import search as searching
 from danlu.compress.searching import workbench
 from danlu.compress.searching.asked import parts
+from danlu.compress.searching.choice import Mix
 from danlu.compress.searching.frontier import print_frontier
+from danlu.compress.searching.rise import Rise
 from danlu.compress.searching.search import Asked, search
 from danlu.compress.searching.sensitivity import sensitivities
 from danlu.compress.searching.settings import SearchSettings
@@ -181,6 +183,29 @@ def test_the_frontier_is_there_as_it_grows_and_is_not_taken_for_finished(
     again = search(asked, out)
     assert "finished already" not in capsys.readouterr().err
     assert again["finished"] and again["certificate"]["passed"] and (out / "card.json").is_file()
+
+
+def test_where_speed_and_loss_part_by_this_machines_clock_it_is_doubted(
+    asked: Asked, device: DeviceProfile, tmp_path: Path
+) -> None:
+    def first(prefer: str, speed: float, loss: float, given: DeviceProfile | None = None) -> Mix:
+        work = tmp_path / f"{prefer}-{speed}-{loss}-{given is None}"
+        work.mkdir()
+        device.save(work / "device.json")  # as if this machine had been timed
+        target = read_target(speed=f"{speed:.9f}", quality_loss=f"{loss:.9f}")
+        wanted = replace(asked, profile=given, target=target, settings=SMALL.model_copy(update={"prefer": prefer}))
+        mix = workbench.Bench(wanted, work, 0.0)._first()
+        assert mix is not None
+        return mix
+
+    speed = 0.97 / first("fastest", 1.0, 0.9).told.seconds
+    strict, patient = (first("best", each, 0.9).told for each in (speed, speed / 1.15))
+    assert patient.divergence < 0.9 * strict.divergence and patient.seconds < 1.15 * strict.seconds
+    rise = Rise.of([], SMALL.chosen_tokens)
+    between = (strict.divergence + patient.divergence) / 2
+    loss = (rise.slope * between + rise.doubt * between**0.5) / rise.loss
+    assert first("best", speed, loss).told == patient, "one of the two may be wrong, and this tells which"
+    assert first("best", speed, loss, device).told == strict, "another device's clock is all that is known of it"
 
 
 def test_files_are_tuned_by_so_many_steps(asked: Asked, found: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
