@@ -1,7 +1,7 @@
 """The search on SmolLM2-135M: what it finds beside llama.cpp's own files, what it told of that, and how long it takes.
 
     python bench/compress_search.py [--cases fast,size,smallest,speed] [--effort fast] [--minutes 30] [--rounds 5]
-        [--heldout 16384] [--first speed=0.84,size=0.96] [--tries 3] [--tune 48]
+        [--heldout 16384] [--first speed=0.84,size=0.96] [--tries 3] [--tune size=48]
         [--work DIR] [--save]
 
 fast       120 MB with its cache, 0.8 times the speed of llama.cpp's Q4_0 as the clock tells it, 3 % loss: the time
@@ -101,7 +101,7 @@ class Bench:
 
     def find(self, name: str, limits: list[str]) -> dict[str, Any]:
         """What the search makes under limits, kept under a name, with what it told and measured of it."""
-        effort, tune = ("fast", None) if name == "fast" else (self.asked.effort, self.asked.tune)
+        effort, tune = ("fast", None) if name == "fast" else (self.asked.effort, by_case(self.asked.tune, name))
         known = self.kept.figures(name)
         asked = {"effort": effort, "tune": tune} | ({} if name == "fast" else {"limits": limits})
         if known is not None and all(known[part] == value for part, value in asked.items()):
@@ -113,7 +113,7 @@ class Bench:
         ]
         if name != "fast":
             words += ["--device", str(self.clock())]
-            words += ["--tune", self.asked.tune] if self.asked.tune else []
+            words += ["--tune", tune] if tune else []
         started = time.monotonic()
         ended = subprocess.run([sys.executable, "-m", "danlu", *words], check=False)
         seconds = time.monotonic() - started
@@ -157,11 +157,15 @@ def prepare(asked: Any, folder: Path) -> Bench:
     return Bench(asked, kept, *files, lambda path: scored(original, path, drawn, groups), drawn[0].tokens)
 
 
+def by_case(written: str, name: str) -> str | None:
+    """What an option as size=48,speed=0 says of a case, or of what was found for it (size-2)."""
+    return dict(each.split("=") for each in written.split(",") if each).get(name.split("-")[0])
+
+
 def search(case: str, bench: Bench) -> dict[str, dict[str, Any]]:
     """What is found in a case, by names; where a speed is asked for by turns, as often as that takes."""
     found: dict[str, dict[str, Any]] = {}
-    first = dict(each.split("=") for each in bench.asked.first.split(",") if each)
-    share = float(first.get(case, OFF))
+    share = float(by_case(bench.asked.first, case) or OFF)
     for number in range(1, (bench.asked.tries if case in PACED else 1) + 1):
         name = case if number == 1 else f"{case}-{number}"
         known = bench.kept.figures(name) if number > 1 else None
@@ -229,7 +233,7 @@ def main() -> None:
     parser.add_argument("--minutes", default="30", help="after which a search begins no further candidate")
     parser.add_argument("--first", default="", help="share of the speed told of llama.cpp's file to ask first, by case")
     parser.add_argument("--tries", type=int, default=3, help="searches for a speed, at most")
-    parser.add_argument("--tune", help="steps that each file is tuned in, where --effort shall not say")
+    parser.add_argument("--tune", default="", help="steps of tuning by case, where --effort shall not say")
     parser.add_argument("--types", default=TYPES, help="number formats to try")
     parser.add_argument("--rounds", type=int, default=5, help="of decoding by turns")
     parser.add_argument("--heldout", type=int, default=16_384, help="tokens that files are scored on")
