@@ -61,6 +61,7 @@ bench-compress: $(VENV)/.installed-dev ## compression beside llama.cpp's own qua
 	$(BIN)/python bench/clock.py
 	$(BIN)/python bench/compress_models.py
 	$(BIN)/python bench/compress_search.py
+	$(BIN)/python bench/compress_memory.py
 	$(BIN)/python bench/compress_rank.py
 	$(BIN)/python bench/compress_prune.py
 	$(BIN)/python bench/compress_distill.py
