@@ -285,11 +285,19 @@ def _stack(run_dir: Path, rank: int) -> str:
 
 
 def _ask_for_stacks(run_dir: Path, signs: list[Sign]) -> None:
-    """Make ranks of this machine write down where they are, and wait for it."""
+    """Make ranks of this machine write down where they are, and wait for it.
+
+    This process does so itself, while no other thread of it can go on: a signal's handler would read the frames of
+    threads that run, and those may be gone as it does.
+    """
     before = {sign.rank: len(_stack(run_dir, sign.rank)) for sign in signs}
     for sign in signs:
-        with suppress(ProcessLookupError):
-            os.kill(sign.pid, SHOW_STACK)
+        if sign.pid == os.getpid():
+            with stack_file(run_dir, sign.rank).open("a", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+        else:
+            with suppress(ProcessLookupError):
+                os.kill(sign.pid, SHOW_STACK)
     patience = time.monotonic() + DUMP_SECONDS
     while time.monotonic() < patience and any(len(_stack(run_dir, rank)) == size for rank, size in before.items()):
         time.sleep(0.05)
