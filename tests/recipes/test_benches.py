@@ -32,6 +32,7 @@ def last(said: str) -> Any:
     return json.loads(said.splitlines()[-1])
 
 
+@pytest.mark.soak
 def test_a_tiny_shape_is_trained_and_measured() -> None:
     said = bench("gpu", "--shapes", "tiny", "--window", "64", "--steps", "3").stdout
     line, record = json.loads(said.splitlines()[0]), last(said)

@@ -105,6 +105,7 @@ def hashes(out: Path) -> list[str]:
     return [json.loads(line)["batch"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.soak
 def test_a_killed_worker_goes_on_by_the_same_command_as_if_nothing_had_been(home: Path) -> None:
     words = [["apart.workers=2", f"apart.home={home / name}"] for name in ("calm", "rough")]
     calm = [Worker(home, number, f"calm-{number}", *words[0]) for number in range(2)]

@@ -83,6 +83,7 @@ def train(home: Path, *words: str) -> tuple[dict[str, Any], str]:
     return json.loads(done.stdout), done.stderr
 
 
+@pytest.mark.soak
 def test_two_processes_get_a_plan_keep_it_and_obey(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The real command: said and noted, kept by a resumed run, overridden by --plan, and the card tells how it was."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -14,6 +14,7 @@ from danlu.model.checkpoint import Checkpoint
 from tests.compress.short import TEXT, divergence
 
 
+@pytest.mark.soak
 def test_adapters_are_rounded_in_and_what_they_learned_stays(
     short: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
