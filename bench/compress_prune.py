@@ -7,8 +7,9 @@ Calibration and held-out text are different documents. Losses are in nat/byte, o
 as many held-out documents as fill --heldout characters; intervals are over them.
 
 sparse        half of the weights by magnitude, Wanda and SparseGPT, anywhere and two of every four
-vocabulary    the words that the calibration text holds, more, and fewer; files in Q4_0 by llama.cpp's quantizer; and
-              tuned on the calibration text for --recover steps, held near to what it was
+vocabulary    the words that the calibration text holds, more, and fewer; files in Q4_0 by llama.cpp's quantizer; tuned
+              on the calibration text for --recover steps, held near to what it was; and what is left of that when it is
+              rounded to few bits by Danlu: the smallest file that loses at most 1 %
 lowrank       the same share of numbers by a plain SVD and by what the inputs show
 structured    a model trained here for --steps, three of its ten layers gone, distilled for --steps; both hold out the
               text's end, which layers are not chosen by either; llama.cpp decodes it and the whole one by turns, for
@@ -21,6 +22,7 @@ What is done is kept in DIR, and a second call goes on from there. --save leaves
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable
@@ -43,6 +45,7 @@ from danlu.compress.pruning.sparse import Sparsity, prune_weights
 from danlu.compress.pruning.structured import Shape, shrink
 from danlu.compress.pruning.vocabulary import prune_vocabulary
 from danlu.compress.quality import PIECE, loss_change
+from danlu.compress.quantizing.quantizer import quantize_model
 from danlu.console import say, table
 from danlu.device.measure import Request, measure
 from danlu.model.checkpoint import Checkpoint
@@ -67,6 +70,8 @@ TEACHER = {
 TURNS = 5  # of decoding with either model
 PICTURE_STEPS = 400
 WORDS = 20_000  # of SmolLM2's 49,152: with them a Q4_0 file is a fifth smaller
+ROUNDED = ("q4_k", "q4_0", "q3_k", "q2_k")  # what the tuned one of them is rounded to
+SMALLEST = 85e6  # bytes of a file that loses at most 1 %
 
 
 class Bench:
@@ -98,7 +103,7 @@ class Bench:
         return kept(self.work, name, make)
 
     def loss(self, out: Path) -> dict[str, Any]:
-        """Held-out losses of the model before and as it is in a directory."""
+        """Held-out losses of the model before and as it is in a directory or file."""
         return loss_change(self.model, Checkpoint.open(out), self.heldout, torch.bfloat16)
 
 
@@ -146,6 +151,12 @@ def vocabulary(bench: Bench) -> dict[str, Any]:
         figures = json.loads((slim / "card.json").read_text())["figures"]
         return figures | bench.loss(made.model) | {"q4_0": file.stat().st_size, "steps": bench.recover}
 
+    def rounded(type: str) -> dict[str, Any]:
+        """The tuned one in few bits."""
+        tuned, file = Checkpoint.open(bench.work / "slim-run"), bench.work / f"slim-{type}.gguf"
+        made = quantize_model(tuned, type, bench.calibration, file, bench.tokens)
+        return bench.loss(file) | {"bytes": made.bytes}
+
     size = bench.kept("vocabulary-size", whole)
     found = {
         str(keep): bench.kept(f"vocabulary-{keep}", lambda k=keep: one(k)) for keep in (None, 20_500, 16_000, 8_000)
@@ -174,7 +185,16 @@ def vocabulary(bench: Bench) -> dict[str, Any]:
     table("Fewer words", names, rows)
     met = [about for about in found.values() if about["q4_0"] <= 0.8 * size and about["loss_rise"]["value"] <= 0.01]
     say(f"20 % smaller as Q4_0 at most 1 % loss: {'met' if met else 'MISSED'}")
-    return found | {"q4_0_before": size}
+    files = {type: bench.kept(f"vocabulary-{type}", lambda t=type: rounded(t)) for type in ROUNDED}
+    rows = [(type, f"{about['bytes'] / 1e6:.1f}", *_losses(about)) for type, about in files.items()]
+    table("The distilled one in few bits", ("type", "MB", "nat/byte before", "after", "rise", "95 %"), rows)
+    able = [about["bytes"] for about in files.values() if about["loss_rise"]["high"] <= 0.01]
+    smallest = min(able, default=math.inf)
+    say(
+        f"smallest file that loses at most 1 % by its interval's upper end, of {SMALLEST / 1e6:.0f} MB at most: "
+        f"{smallest / 1e6:.1f} MB, {'met' if smallest <= SMALLEST else 'MISSED'}"
+    )
+    return found | {"rounded": files, "q4_0_before": size}
 
 
 def low_rank(bench: Bench) -> dict[str, Any]:
