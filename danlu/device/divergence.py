@@ -62,8 +62,8 @@ def score_divergence(
     rows = []
     with ExitStack() as stack, progress(label, sum(len(each.tokens) for each in documents), "tokens") as tick:
         known, said = (
-            stack.enter_context(Engine(path, context=context, threads=threads, cache=format))
-            for path, format in ((original, CACHES[0]), (candidate, cache))
+            stack.enter_context(Engine(path, context=context, threads=threads, cache=format, mapped=mapped))
+            for path, format, mapped in ((original, CACHES[0], True), (candidate, cache, False))
         )
         if known.vocab_size != said.vocab_size:
             what = f"the original has {known.vocab_size:,} words, this file {said.vocab_size:,}"

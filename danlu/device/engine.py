@@ -11,7 +11,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -99,6 +99,8 @@ class Engine:
         threads: computing threads; by default every physical core this process may use.
         exact: float32 key/value cache and no flash attention, to compare tokens with another implementation.
         cache: the number format of keys and values, one of CACHES; `exact` goes before it.
+        mapped: weights are read where they lie in the file's pages: soon ready, however large, and a tenth slower to
+            decode. For an original that others are compared with.
 
     Attributes:
         context, threads, vocab_size: as in force.
@@ -116,18 +118,19 @@ class Engine:
         threads: int | None = None,
         exact: bool = False,
         cache: str = CACHES[0],
+        mapped: bool = False,
     ) -> None:
         if cache not in CACHES:
             raise DanluError(f"keys and values cannot be held as {cache}", fix=f"known: {', '.join(CACHES)}")
         self.path, self.exact, self.threads, self.cache = Path(path), exact, threads or usable_cores(), cache
-        self._api = library()
+        self._api, self._mapped = library(), mapped or exact
         self._model: Any = None
         self._native: Any = None  # llama.cpp's context
         self._batch: _Batch | None = None
         self._cached: list[int] = []  # the tokens whose keys and values are in the cache
         self._turn = 0  # the latest user of the cache; a generation that is not the latest must not go on in it
         try:
-            with huge_pages():
+            with nullcontext() if mapped else huge_pages():
                 self._model = self._load()
                 self.context = self._possible_context(context)
                 self._native = self._new_context(self.context, sequences=1, outputs=SCORED)
@@ -387,7 +390,7 @@ class Engine:
         if not self.path.is_file():
             raise DanluError("there is no such file", where=self.path)
         asked = self._api.llama_model_default_params()
-        if not self.exact:  # llama.cpp repacks some formats; mapped, the file's own pages would stay beside the copy
+        if not self._mapped:  # llama.cpp repacks some formats; mapped, the file's own pages would stay beside the copy
             asked.load_mode = self._api.LLAMA_LOAD_MODE_NONE
         last_words()
         model = self._api.llama_model_load_from_file(os.fsencode(self.path), asked)

@@ -30,14 +30,17 @@ def loop_rate(
     *,
     threads: int | None = None,
     cache: str = CACHES[0],
+    mapped: bool = False,
 ) -> Interval:
     """The share of greedy answers of so many tokens that end in a loop, with its 95 % interval.
 
     Answers go on past stop tokens: what is asked is whether the text keeps moving.
 
+    Args: threads, cache, mapped: see Engine.
+
     Raises DanluError where a prompt and its answer do not fit in the model's context.
     """
     longest = max(len(prompt) for prompt in prompts) + tokens
-    with Engine(path, context=longest, threads=threads, cache=cache) as engine:
+    with Engine(path, context=longest, threads=threads, cache=cache, mapped=mapped) as engine:
         answers = engine.generate_batch(prompts, max_new_tokens=tokens)
     return proportion(sum(map(ends_in_loop, answers)), len(answers))

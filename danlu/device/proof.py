@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from danlu.console import say
 from danlu.device.bandwidth import read_bandwidth
 from danlu.device.divergence import Divergences, score_divergence
 from danlu.device.documents import SEED
-from danlu.device.engine import CACHES
 from danlu.device.loops import loop_rate
 from danlu.device.measure import Document, Measurement, Request, measure
 from danlu.device.phones import extrapolate
@@ -220,10 +220,10 @@ def _loops(subject: Subject, documents: Sequence[Document], effort: Effort) -> F
     prompts = [document.tokens[:BEGINNING] for document in documents[::step]][: effort.answers]
     tokens = min(effort.answer_tokens, subject.context - BEGINNING)
     by = f"{len(prompts)} greedy answers of {tokens} tokens that end in a cycle"
-    rates = {"loops": (subject.model, subject.cache), "loops_original": (subject.original, CACHES[0])}
+    rate = partial(loop_rate, prompts=prompts, tokens=tokens, threads=subject.threads)
     return {
-        name: loop_rate(path, prompts, tokens, threads=subject.threads, cache=cache).figure("share", by)
-        for name, (path, cache) in rates.items()
+        "loops": rate(subject.model, cache=subject.cache).figure("share", by),
+        "loops_original": rate(subject.original, mapped=True).figure("share", by),
     }
 
 
