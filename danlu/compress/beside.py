@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from danlu.compress.compensate import ROUNDING, Inputs
+from danlu.compress.parts import Parts
 from danlu.compress.walk import Walk
 from danlu.model.config import ModelConfig
 from danlu.model.stored import Make
-
-HELD = 2**28  # bytes, at most, of what a block's layers are given in the original
+from danlu.train.memory import give_back
 
 
 @dataclass(frozen=True)
@@ -26,68 +26,65 @@ class Turn:
 
     Attributes:
         prefix: of its weights' names in the model.
-        block: the one that is changed.
-        layers: names of its linear layers that are given the very same tensor, in the order they are computed, and
-            their inputs, found through all that was changed before they are asked for; None where only zeros came.
+        layers: names in the model of matrices of linear layers that are given the very same tensor, in the order they
+            are computed, and their inputs; None where only zeros came. Each must be `put` before the next is asked for.
+        others: names in the model of the block's other weights, which may be.
     """
 
     prefix: str
-    block: nn.Module
     layers: Iterator[tuple[list[str], Inputs | None]]
+    others: list[str]
 
 
 class Beside:
     """Calibration rows on their way through both. See `Walk`."""
 
     def __init__(self, config: ModelConfig, makers: Mapping[str, Make], rows: Tensor, dtype: torch.dtype) -> None:
-        self.original, self.changed = (Walk(config, makers, rows, dtype, lean) for lean in (True, False))
+        self.original, self.changed = (Walk(config, makers, rows, dtype, lean=True) for _ in range(2))
 
     def embed(self) -> dict[str, Tensor]:
         """Look the rows' words up, in the embedding as it is. Returns its weights by their names in the model."""
         weights = self.original.embed()
-        self.changed.hidden = self.original.hidden
+        self.changed.hidden = Parts(self.original.hidden)
+        give_back()
         return weights
 
     def blocks(self) -> Iterator[Turn]:
-        """Block after block."""
+        """Block after block; of either model, one after the other, so that only one is in memory."""
         for layer in range(self.original.model.config.layers):
-            self.original.enter(layer)
-            block = self.changed.enter(layer)
-            sharing = self._sharing(layer, block)
-            known = self._known(layer, [names[0] for names in sharing])
-            yield Turn(f"blocks.{layer}.", block, self._layers(layer, sharing, known))
-            for walk in (self.original, self.changed) if known is None else (self.changed,):
-                walk.go_on(layer)
-            self.original.leave(layer)
+            sharing, before = self._through_original(layer)
+            matrices = [f"{name}.weight" for names in sharing for name in names]
+            block = self.changed.enter(layer, without=matrices)
+            prefix = f"blocks.{layer}."
+            others = [prefix + name for name, _ in block.named_parameters() if name not in matrices]
+            yield Turn(prefix, self._layers(layer, sharing, before), others)
+            self.changed.go_on(layer)
             self.changed.leave(layer)
 
+    def read(self, name: str) -> Tensor:
+        """A weight of the original, fp32, by its name in the model."""
+        return self.original.read(name)
+
+    def put(self, name: str, values: Tensor) -> None:
+        """What stands for a weight in the changed model, fp32, by its name there; of the block whose turn it is."""
+        path, _, kind = name.rpartition(".")
+        module = self.changed.model.get_submodule(path)
+        lean = type(module) is nn.Linear and kind == "weight"
+        setattr(module, kind, nn.Parameter(values.to(self.changed.dtype) if lean else values, requires_grad=False))
+
     def end(self) -> tuple[dict[str, Tensor], Inputs | None]:
-        """Weights of the last norm and the head by their names, and what the head is given."""
+        """Weights of the last norm by their names, and what the head is given."""
         self.original.finish()
         weights = self.changed.finish()
         return weights, _inputs(zip(self.original.hidden, self.changed.hidden, strict=True))
 
-    def _known(self, layer: int, names: Sequence[str]) -> dict[str, list[Tensor]] | None:
-        """What layers are given in the original, which goes on through the block once for all of them.
+    def _through_original(self, layer: int) -> tuple[list[list[str]], dict[str, Parts]]:
+        """The original's stream goes on through a block.
 
-        None where that would take too much memory: it is then computed again for each layer, when it is asked for.
+        Returns: names of linear layers in the order they are computed, those that are given the very same tensor
+            together; and what the first of each are given.
         """
-        block = self.original.model.blocks.get_submodule(str(layer))
-        columns = sum(block.get_parameter(f"{name}.weight").shape[1] for name in names)
-        tokens = sum(x.shape[0] * x.shape[1] for x in self.original.hidden)
-        held = tokens * columns * self.original.dtype.itemsize
-        return self.original.go_on(layer, names) if held <= HELD else None
-
-    def _layers(
-        self, layer: int, sharing: Sequence[list[str]], known: dict[str, list[Tensor]] | None
-    ) -> Iterator[tuple[list[str], Inputs | None]]:
-        for names in sharing:
-            name = names[0]
-            before = _given(self.original, layer, name) if known is None else known.pop(name)
-            yield names, _inputs(zip(before, _given(self.changed, layer, name), strict=True))
-
-    def _sharing(self, layer: int, block: nn.Module) -> list[list[str]]:
-        """Names of linear layers in the order they are computed, those that are given the very same tensor together."""
+        block = self.original.enter(layer)
         calls: list[tuple[str, Tensor]] = []
 
         def note(name: str, _module: nn.Module, given: tuple[Tensor, ...]) -> None:
@@ -95,14 +92,25 @@ class Beside:
 
         linear = [(name, inner) for name, inner in block.named_modules() if type(inner) is nn.Linear]
         handles = [inner.register_forward_pre_hook(partial(note, name)) for name, inner in linear]
-        self.changed.compute(layer, self.changed.hidden[0][:1])
+        self.original.compute(layer, self.original.hidden[0][:1])
         for handle in handles:
             handle.remove()
         together: dict[int, list[str]] = {}
         for name, x in calls:
             if not any(name in names for names in together.values()):
                 together.setdefault(id(x), []).append(name)  # `calls` keeps the tensors, so that no id comes twice
-        return list(together.values())
+        sharing = list(together.values())
+        before = self.original.go_on(layer, [names[0] for names in sharing])
+        self.original.leave(layer)
+        give_back()
+        return sharing, before
+
+    def _layers(
+        self, layer: int, sharing: Sequence[list[str]], before: dict[str, Parts]
+    ) -> Iterator[tuple[list[str], Inputs | None]]:
+        for names in sharing:
+            pairs = zip(before.pop(names[0]), _given(self.changed, layer, names[0]), strict=True)
+            yield [f"blocks.{layer}.{name}.weight" for name in names], _inputs(pairs)
 
 
 class _Enough(Exception):
@@ -133,9 +141,12 @@ def _inputs(pairs: Iterable[tuple[Tensor, Tensor]]) -> Inputs | None:
     """Of what a layer is given in the original and in the changed model, each [..., columns]."""
     products = drift = torch.zeros(0)
     for before, after in pairs:
-        x, y = (each.reshape(-1, each.shape[-1]).float() for each in (before, after))
+        y = after.reshape(-1, after.shape[-1]).float()
+        lost = before.reshape(y.shape) - y  # fp32, and for wide layers large
         if not len(products):
-            products, drift = (torch.zeros(x.shape[1], x.shape[1]) for _ in range(2))
+            products, drift = (torch.zeros(y.shape[1], y.shape[1]) for _ in range(2))
         products.addmm_(y.T, y)
-        drift.addmm_((x - y).T, y)
+        drift.addmm_(lost.T, y)
+        del y, lost
+    give_back()  # what blocks computed on the way: solving takes as much again
     return Inputs(products, drift, ROUNDING) if products.any() else None

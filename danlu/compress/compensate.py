@@ -11,13 +11,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from danlu.compress.parts import Parts
+
 DAMPING = 0.01  # of the mean square of an input, added to every one: inputs never seen still count a little
 # The same where numbers are rounded and all that is lost is small: how inputs of one text go together then counts less
 # than it did there. With 16,384 tokens errors on other texts are 4 to 8 % smaller than with 0.01.
 ROUNDING = 0.2
 CAUTION = 0.5  # of the same, where weights themselves are fitted to the inputs seen
 
-TOGETHER = 32  # columns of a block whose errors those after them learn of at once
+TOGETHER = 32  # columns of a block whose errors those after them learn of at once; rows of products that are read so
 
 Choice = Callable[[int, Tensor], Tensor]  # from a block's column and fp32 [rows] to what stands for it, fp32 [rows]
 
@@ -26,12 +28,11 @@ class Inputs:
     """What a layer's inputs say about its weights.
 
     Args:
-        products: fp32 [columns, columns], the sum over calibration tokens of the inputs' products; damped in place.
-        drift: the same of (inputs in the original model - inputs) with the inputs; used up. None for nothing.
+        products: fp32 [columns, columns] in one piece, the sum over calibration tokens of the inputs' products.
+        drift: the same of (inputs in the original model - inputs) with the inputs; None for nothing. Both are used up.
         damping: of the products.
 
     Attributes:
-        products: fp32 [columns, columns], damped.
         ridge: what damping added to every square.
         importance: fp32 [columns], the damped sum of squares.
         factor: fp32 [columns, columns], the upper Cholesky factor of the inverse of the damped products.
@@ -39,13 +40,29 @@ class Inputs:
     """
 
     def __init__(self, products: Tensor, drift: Tensor | None = None, damping: float = DAMPING) -> None:
-        # Matrices of this size are the largest things in memory: each takes the place of the one before it.
-        self.shift = None if drift is None else _solved(products, drift.T).T
-        self.products, self.ridge = products, _damp(products, damping)
-        self.importance = self.products.diagonal().clone()
-        inverse = torch.linalg.cholesky(self.products)
-        torch.cholesky_inverse(inverse, out=inverse)
-        self.factor = torch.linalg.cholesky(inverse, upper=True, out=inverse)
+        # Matrices of this size are the largest things in memory: each takes the place of the one before it, and the
+        # products themselves, which are only read in order, may lie in a file.
+        self._rows = Parts(rows.clone() for rows in products.split(TOGETHER))
+        self.ridge = _ridge(products, damping)
+        self.importance = products.diagonal() + self.ridge
+        self.shift = None
+        if drift is not None:
+            self.shift = _solved(products, drift.T).T
+            for rows, stored in zip(products.split(TOGETHER), self._rows, strict=True):
+                rows.copy_(stored)
+        products.diagonal().copy_(self.importance)
+        columns = products.mT  # symmetric, and as LAPACK has it: nothing is copied
+        torch.linalg.cholesky(columns, out=columns)
+        torch.cholesky_inverse(columns, out=columns)
+        self.factor = torch.linalg.cholesky(columns, upper=True, out=columns)
+
+    def products(self, start: int, end: int) -> Tensor:
+        """Rows of the damped products, fp32 [end - start, columns]."""
+        first = start // TOGETHER
+        found = torch.cat([self._rows[index] for index in range(first, (end - 1) // TOGETHER + 1)])
+        chosen = found[start - first * TOGETHER : end - first * TOGETHER]
+        chosen[:, start:end].diagonal().copy_(self.importance[start:end])
+        return chosen
 
     def aim(self, weight: Tensor) -> Tensor:
         """The weights, fp32 [rows, columns], that best give from these inputs what the given ones gave in the original.
@@ -59,19 +76,17 @@ class Inputs:
 
 
 def _solved(products: Tensor, sought: Tensor) -> Tensor:
-    """The inverse of cautiously damped products times a matrix, in whose place it is put; fp32 [columns, columns]."""
-    damped = products.clone()
-    _damp(damped, CAUTION)
-    lower = torch.linalg.cholesky(damped, out=damped)
+    """The inverse of cautiously damped products times a matrix; fp32 [columns, columns], in that matrix's place. The
+    products' place is used."""
+    products.diagonal().add_(_ridge(products, CAUTION))
+    lower = torch.linalg.cholesky(products.mT, out=products.mT)
     torch.linalg.solve_triangular(lower, sought, upper=False, out=sought)
     return torch.linalg.solve_triangular(lower.mT, sought, upper=True, out=sought)
 
 
-def _damp(products: Tensor, share: float) -> float:
-    """Add a share of their mean square to every square in place. Returns what was added."""
-    ridge = share * float(products.diagonal().mean().clamp(min=1e-12))
-    products.diagonal().add_(ridge)
-    return ridge
+def _ridge(products: Tensor, share: float) -> float:
+    """A share of their mean square."""
+    return share * float(products.diagonal().mean().clamp(min=1e-12))
 
 
 def compensate(weight: Tensor, inputs: Inputs, block: int, begin: Callable[[int, Tensor], Choice]) -> Tensor:

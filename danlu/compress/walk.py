@@ -1,21 +1,25 @@
 """A stack walked block by block: weights are read when it is their block's turn and dropped after it, so that memory
-does not grow with the number of layers."""
+does not grow with the number of layers; nor does it with the text's length (parts.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
+from danlu.compress.parts import Parts
 from danlu.model.config import ModelConfig
 from danlu.model.sight import Batch, Sight, self_sight
 from danlu.model.stored import Make, without_memory
 from danlu.model.transformer import Decoder, Encoder
 
-ROWS = 4  # computed at once
+ROWS = 4  # computed at once, at most
+NUMBERS = 2**23  # between the two halves of a feed-forward at once, where a row alone has no more
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass
@@ -58,7 +62,7 @@ class Walk:
     Attributes:
         model: on the meta device, but for the part whose turn it is.
         dtype: see above.
-        hidden: the stream between blocks, fp32 [ROWS, T, width] each.
+        hidden: the stream between blocks, fp32 [rows computed at once, T, width] each.
     """
 
     def __init__(
@@ -72,15 +76,19 @@ class Walk:
         made = without_memory(config)
         assert isinstance(made, Decoder | Encoder)
         self.model, self._makers, self.dtype, self._lean = made.eval(), makers, dtype, lean
-        self._places = torch.arange(rows.shape[1]).expand(ROWS, -1)
-        self._rows = rows.split(ROWS)
+        at_once = min(max(NUMBERS // (rows.shape[1] * config.feedforward_width), 1), ROWS)
+        self._places = torch.arange(rows.shape[1]).expand(at_once, -1)
+        self._rows = rows.split(at_once)
         self._sights: dict[tuple[bool, int], tuple[Sight]] = {}
-        self.hidden: list[Tensor] = []
+        self.hidden = Parts()
 
-    def embed(self) -> dict[str, Tensor]:
-        """Look the rows' words up. Returns the embedding's weights by their names in the model."""
-        weights = self._fill(self.model.embedding, "embedding.")
-        self.hidden = [self.model.embedding(part, self._places[: len(part)]) for part in self._rows]
+    def embed(self, other: Mapping[str, Tensor] = NOTHING) -> dict[str, Tensor]:
+        """Look the rows' words up. Returns the embedding's weights by their names in the model.
+
+        Args: other: weights by their names in the embedding that are taken instead of those on disk.
+        """
+        weights = self._fill(self.model.embedding, "embedding.", other)
+        self.hidden = Parts(self.model.embedding(part, self._places[: len(part)]) for part in self._rows)
         self._drop(self.model.embedding)
         return weights
 
@@ -100,11 +108,15 @@ class Walk:
             self.go_on(layer)
             self.leave(layer)
 
-    def enter(self, layer: int) -> nn.Module:
-        """A block, its weights read."""
+    def enter(self, layer: int, without: Collection[str] = ()) -> nn.Module:
+        """A block, its weights read, but for those of these names in it."""
         block = self.model.blocks.get_submodule(str(layer))
-        self._fill(block, f"blocks.{layer}.")
+        self._fill(block, f"blocks.{layer}.", dict.fromkeys(without))
         return block
+
+    def read(self, name: str) -> Tensor:
+        """A weight as it is on disk, fp32, by its name in the model."""
+        return self._makers[name]()
 
     def compute(self, layer: int, x: Tensor) -> Tensor:
         """What the block makes of a part of the stream, fp32 [B, T, width] both."""
@@ -116,20 +128,21 @@ class Walk:
             made: Tensor = self.model.blocks.get_submodule(str(layer))(x, self._sights[key])
         return made.float()
 
-    def go_on(self, layer: int, names: Sequence[str] = ()) -> dict[str, list[Tensor]]:
+    def go_on(self, layer: int, names: Sequence[str] = ()) -> dict[str, Parts]:
         """The stream goes on through the block as it now is.
 
         Returns: what linear layers of these names were given, part of the stream after part, in the dtype that they
             multiply in.
         """
         block = self.model.blocks.get_submodule(str(layer))
-        given: dict[str, list[Tensor]] = {name: [] for name in names}
+        given = {name: Parts() for name in names}
 
         def note(name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             given[name].append(inputs[0].to(self.dtype))
 
         handles = [block.get_submodule(name).register_forward_pre_hook(partial(note, name)) for name in names]
-        self.hidden = [self.compute(layer, x) for x in self.hidden]
+        for number, x in enumerate(self.hidden):
+            self.hidden[number] = self.compute(layer, x)
         for handle in handles:
             handle.remove()
         return given
@@ -140,7 +153,7 @@ class Walk:
 
     def end(self) -> tuple[dict[str, Tensor], Tensor]:
         """Weights of the last norm and the head by their names, and the products of what the head is given."""
-        weights = self.finish()
+        weights = self.finish() | dict(self.heads())
         given = torch.zeros(self.model.config.width, self.model.config.width)
         for x in self.hidden:
             flat = x.reshape(-1, x.shape[-1])
@@ -148,19 +161,28 @@ class Walk:
         return weights, given
 
     def finish(self) -> dict[str, Tensor]:
-        """The stream goes through the last norm. Its weights and the head's, by their names."""
-        weights = {}
+        """The stream goes through the last norm. Its weights by their names."""
+        weights: dict[str, Tensor] = {}
         if self.model.norm is not None:
             weights = self._fill(self.model.norm, "norm.")
-            self.hidden = [self.model.norm(x) for x in self.hidden]
-        return weights | {name: make() for name, make in self._makers.items() if name.startswith("head.")}
+            for number, x in enumerate(self.hidden):
+                self.hidden[number] = self.model.norm(x)
+        return weights
 
-    def _fill(self, module: nn.Module, prefix: str) -> dict[str, Tensor]:
+    def heads(self) -> Iterator[tuple[str, Tensor]]:
+        """Weights of the head as they are on disk, fp32, by their names in the model; none where it is tied."""
+        return ((name, make()) for name, make in self._makers.items() if name.startswith("head."))
+
+    def _fill(self, module: nn.Module, prefix: str, other: Mapping[str, Tensor | None] = NOTHING) -> dict[str, Tensor]:
+        """Weights, by their names in the model, from disk, or others; where that is None they are not filled in."""
         linear = {f"{name}.weight" for name, inner in module.named_modules() if type(inner) is nn.Linear}
         lean = linear if self._lean else set()
-        read = {name: self._makers[prefix + name]() for name in module.state_dict()}
-        weights = {name: weight.to(self.dtype) if name in lean else weight for name, weight in read.items()}
-        module.load_state_dict(weights, assign=True)
+        weights: dict[str, Tensor] = {}
+        for name in module.state_dict():
+            weight = other[name] if name in other else self._makers[prefix + name]()
+            if weight is not None:
+                weights[name] = weight.to(self.dtype) if name in lean else weight
+        module.load_state_dict(weights, strict=False, assign=True)
         return {prefix + name: weight for name, weight in weights.items()}
 
     @staticmethod

@@ -13,7 +13,6 @@ from danlu.compress.compensate import Inputs
 from danlu.compress.quantizing.formats.grouped import Grouped, Rows
 from danlu.compress.quantizing.quantizer import FEWEST, calibration_rows
 from danlu.compress.quantizing.rounding import Rounded, round_compensated, round_plainly
-from danlu.compress.walk import Walk
 from danlu.errors import DanluError
 from danlu.model.checkpoint import Checkpoint, StoredModel
 from danlu.model.config import ModelConfig
@@ -86,21 +85,18 @@ def round_layers(
     embedding = walk.embed()
     if words is not None:
         few = _round(embedding.pop(WORDS), words, None)
-        walk.changed = Walk(config, {**makers, WORDS: few.values.clone}, rows, dtype)
-        walk.changed.embed()
+        walk.changed.embed({WORDS.removeprefix("embedding."): few.values})
         yield WORDS, few
     yield from embedding.items()
     for turn in walk.blocks():
-        weights = dict(turn.block.named_parameters())
         for names, inputs in turn.layers:
             for name in names:
-                weight = weights.pop(f"{name}.weight")
-                path = f"{turn.prefix}{name}.weight"
-                few = _round(weight.data, form_of(path), inputs)
-                weight.data = few.values
-                yield path, few
-        yield from ((turn.prefix + name, weight.data) for name, weight in weights.items())
+                few = _round(walk.read(name), form_of(name), inputs)
+                walk.put(name, few.values)
+                yield name, few
+        yield from ((name, walk.read(name)) for name in turn.others)
     yield from walk.changed.finish().items()
+    yield from walk.changed.heads()
 
 
 def _round(weight: Tensor, form: Grouped, inputs: Inputs | None) -> Few:

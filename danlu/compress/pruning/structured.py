@@ -138,7 +138,7 @@ def drop_layers(source: Source, rows: Tensor, keep: int) -> tuple[Source, Figure
         for _ in walk.blocks():
             if before:
                 influence.append(_turned(before, walk.hidden))
-            before = walk.hidden
+            before = list(walk.hidden)
             tick.advance(1)
     influence.append(_turned(before, walk.hidden))
     ranked = sorted(range(len(influence)), key=lambda layer: influence[layer])

@@ -32,16 +32,29 @@ def round_blocks(
         tick: told of every block.
     """
     for turn in walk.blocks():
-        weights = {turn.prefix + name: weight for name, weight in turn.block.named_parameters()}
         for names, inputs in turn.layers:
-            given = {name: weights.pop(name) for name in (f"{turn.prefix}{name}.weight" for name in names)}
-            for alike in _alike(given, forms):
-                put(alike, forms, inputs, spool, way)
-        inputs = None  # of as many numbers as a block, and the next one's are to take their place
-        for name, weight in weights.items():
-            put({name: weight}, forms, None, spool, way)
+            _round(walk, names, forms, inputs, spool, way)
+            del inputs  # of as many numbers as a block, and the next layers' are made before they would take the name
+        for name in turn.others:
+            _round(walk, [name], forms, None, spool, way)
         give_back()
         tick(1, turn.prefix.rstrip("."))
+
+
+def _round(
+    walk: Beside,
+    names: Sequence[str],
+    forms: Mapping[str, Format | None],
+    inputs: Inputs | None,
+    spool: Spool,
+    way: Way,
+) -> None:
+    """Round weights that are given the same inputs, for the file and for what comes after them."""
+    weights = {name: walk.read(name) for name in names}
+    for alike in _alike(weights, forms):
+        put(alike, forms, inputs, spool, way)
+    for name, weight in weights.items():
+        walk.put(name, weight)
 
 
 def _alike(weights: Mapping[str, Tensor], forms: Mapping[str, Format | None]) -> Iterator[dict[str, Tensor]]:

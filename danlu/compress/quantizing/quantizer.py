@@ -30,6 +30,7 @@ from danlu.console import progress, say
 from danlu.errors import DanluError
 from danlu.model.checkpoint import Checkpoint
 from danlu.model.gguf import all_metadata, write_weights
+from danlu.train.memory import give_back
 from danlu.train.precision import choose_precision
 
 ROW = 512  # calibration tokens of a row
@@ -175,12 +176,13 @@ def _round_all(
     walk = Beside(checkpoint.config, makers, rows, choose_precision("auto")[0])
     walk.embed()
     round_blocks(walk, forms, spool, way, tick)
-    ends, given = walk.end()
+    norm, given = walk.end()
+    give_back()
     head = head_of(forms)
-    for name in [name for name in makers if name.startswith("embedding.")]:
+    for name in [name for name in makers if name.startswith(("embedding.", "head."))]:  # the largest: one by one
         put({name: makers[name]()}, forms, given if name == head else None, spool, way)
-    for name, matrix in ends.items():
-        put({name: matrix}, forms, given if name == head else None, spool, way)
+    for name, weight in norm.items():
+        put({name: weight}, forms, None, spool, way)
     tick(1, "head")
 
 

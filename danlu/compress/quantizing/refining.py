@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from danlu.compress.compensate import Inputs
 from danlu.compress.quantizing.formats.grid import Columns, Form, Grid
 
 TOGETHER = 32  # columns whose changes those after them learn of at once
@@ -37,12 +38,12 @@ class Block:
         return self.grid.values(self.codes.T).T.contiguous()
 
 
-def refine(blocks: Sequence[Block], aim: Tensor, form: Form, products: Tensor, passes: int) -> list[Block]:
+def refine(blocks: Sequence[Block], aim: Tensor, form: Form, inputs: Inputs, passes: int) -> list[Block]:
     """The blocks of a matrix, nearer to what it is to be.
 
     Args:
         aim: fp32 [rows, columns].
-        products: fp32 [columns, columns], of the inputs, which say what errors cost.
+        inputs: whose products say what errors cost.
         passes: through all columns.
     """
     made = list(blocks)
@@ -51,7 +52,8 @@ def refine(blocks: Sequence[Block], aim: Tensor, form: Form, products: Tensor, p
     for _ in range(passes):
         for number, start in enumerate(range(0, len(wanted), form.block)):
             part = slice(start, start + form.block)
-            within, pull = products[part, part], products[part] @ errors
+            products = inputs.products(part.start, min(part.stop, len(wanted)))
+            within, pull = products[:, part], products @ errors
             scaled = _scaled(made[number], form, within, pull)
             pull += within @ (scaled.values - made[number].values)
             made[number] = _coded(scaled, within, pull)

@@ -14,6 +14,7 @@ from torch import Tensor
 from danlu.compress.compensate import Choice, Inputs, compensate
 from danlu.compress.quantizing.formats.grid import Columns, Form, Grid
 from danlu.compress.quantizing.refining import Block, refine
+from danlu.train.memory import give_back
 
 FINE = 2**7  # levels, from which on errors are too small to be worth refining
 PASSES = 2  # of refining: four lose 2 % less than two in one and a half times as long
@@ -51,6 +52,8 @@ def round_in_place(weight: Tensor, rows: int, way: Callable[[Tensor, slice], Rou
         piece.copy_(rounded.values)
         packed.append(rounded.packed)
         grids.append(rounded.grids)
+        if len(weight) > rows:
+            give_back()  # what is kept lies between what was freed
     joined = tuple(Grid.joined(blocks) for blocks in zip(*grids, strict=True))
     return Rounded(torch.cat(packed), weight, joined)
 
@@ -87,7 +90,7 @@ def round_compensated(weight: Tensor, form: Form, inputs: Inputs, passes: int = 
     compensate(aim, inputs, form.block, begin)
     blocks = [Block(grid, rounded.codes()) for grid, rounded in zip(grids, columns, strict=True)]
     worth = passes if len(grids[0].levels) < FINE else 0
-    return _rounded(refine(blocks, aim, form, inputs.products, worth), form)
+    return _rounded(refine(blocks, aim, form, inputs, worth), form)
 
 
 def round_again(weight: Tensor, form: Form, inputs: Inputs | None, values: Tensor, grids: Sequence[Grid]) -> Rounded:
@@ -99,7 +102,7 @@ def round_again(weight: Tensor, form: Form, inputs: Inputs | None, values: Tenso
     blocks = [Block(grid, grid.codes(part).T.contiguous()) for grid, part in parts]
     if inputs is None:
         return _rounded(blocks, form)
-    return _rounded(refine(blocks, inputs.aim(weight), form, inputs.products, PASSES), form)
+    return _rounded(refine(blocks, inputs.aim(weight), form, inputs, PASSES), form)
 
 
 def _rounded(blocks: Sequence[Block], form: Form) -> Rounded:

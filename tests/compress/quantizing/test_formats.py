@@ -122,12 +122,12 @@ def test_refining_never_loses_and_gains(name: str) -> None:
 
     def lost(made: list[Block]) -> float:
         errors = torch.cat([each.values for each in made]).T - weight
-        return float(((errors @ inputs.products) * errors).sum())
+        return float(((errors @ inputs.products(0, 512)) * errors).sum())
 
     plain = round_plainly(weight, form)
     turns = [blocks(plain)]
     for _ in range(3):
-        turns.append(refine(turns[-1], weight, form, inputs.products, 1))
+        turns.append(refine(turns[-1], weight, form, inputs, 1))
     losses = [lost(turn) for turn in turns]
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.8 * losses[0]
     assert same_as_read(round_again(weight, form, inputs, plain.values, plain.grids), form)
@@ -139,7 +139,7 @@ def test_each_pass_of_refining_brings_what_was_compensated_nearer() -> None:
 
     def lost(passes: int) -> float:
         off = round_compensated(weight, form, inputs, passes).values - inputs.aim(weight)
-        return float(((off @ inputs.products) * off).sum())
+        return float(((off @ inputs.products(0, 512)) * off).sum())
 
     assert lost(0) > lost(1) > lost(2)
 
@@ -152,7 +152,7 @@ def test_what_is_rounded_follows_a_change_of_its_weights() -> None:
     moved = weight + 0.3 * weight.std() * torch.randn(48, 1) @ torch.randn(1, 512)
 
     def lost(values: torch.Tensor) -> float:
-        return float((((values - moved) @ inputs.products) * (values - moved)).sum())
+        return float((((values - moved) @ inputs.products(0, 512)) * (values - moved)).sum())
 
     after = round_again(moved, form, inputs, first.values, first.grids)
     assert lost(after.values) < 0.5 * lost(first.values) and same_as_read(after, form)

@@ -8,7 +8,7 @@ from pydoc_data import topics
 import pytest
 import torch
 
-from danlu.compress import beside
+from danlu.compress import beside, parts, walk
 from danlu.compress.quantizing import qat, quantizer
 from danlu.compress.quantizing.formats.known import FORMATS
 from danlu.compress.quantizing.mixes import matrices, types_of
@@ -75,13 +75,24 @@ def test_a_file_is_nearer_with_a_text_than_without_and_llama_cpp_runs_it(
         assert len(list(engine.generate([5, 6, 7], max_new_tokens=3))) == 3
 
 
-def test_what_is_too_large_to_be_kept_is_computed_again(
+def test_what_is_too_large_for_memory_lies_in_files(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, most in {"kept": 2**30, "again": 0}.items():
-        monkeypatch.setattr(beside, "HELD", most)
+    for name, room in {"memory": 2**30, "files": 0}.items():
+        monkeypatch.setattr(parts, "ROOM", room)
         quantize_model(Checkpoint.open(model), "q4_0", TEXT, tmp_path / f"{name}.gguf", tokens=2048)
-    assert (tmp_path / "kept.gguf").read_bytes() == (tmp_path / "again.gguf").read_bytes()
+    assert (tmp_path / "memory.gguf").read_bytes() == (tmp_path / "files.gguf").read_bytes()
+    assert {file.name for file in tmp_path.iterdir()} == {"memory.gguf", "files.gguf"}
+
+
+def test_long_rows_go_through_fewer_at_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same model but for the order in which numbers are added up."""
+    checkpoint = Checkpoint.open(model)
+    for name, numbers in {"four": 2**23, "one": 1}.items():
+        monkeypatch.setattr(walk, "NUMBERS", numbers)
+        quantize_model(checkpoint, "q4_0", TEXT, tmp_path / f"{name}.gguf", tokens=4096)
+    lost = [apart(checkpoint, tmp_path / f"{name}.gguf") for name in ("four", "one")]
+    assert lost[1] == pytest.approx(lost[0], rel=0.05)
 
 
 def test_tuning_brings_it_nearer_still(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
