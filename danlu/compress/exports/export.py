@@ -166,7 +166,7 @@ def _few_bits(request: Request, stored: StoredModel, tokenizer: Tokenizer, kind:
     else:
         figures["difference"] = agreement(read)
     if request.heldout is not None:
-        figures |= quality(stored, read, tokenizer, request.heldout)
+        figures |= quality(stored, read, tokenizer, request.heldout, scheme.form if scheme.inputs else None)
     return figures
 
 

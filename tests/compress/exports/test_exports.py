@@ -19,6 +19,8 @@ from danlu.compress.exports import onnx
 from danlu.compress.exports.compressed_tensors import scheme_of, write
 from danlu.compress.exports.export import Request, export_model
 from danlu.compress.exports.graph import graph_of
+from danlu.compress.exports.inputs import by_token
+from danlu.compress.exports.quality import quality
 from danlu.compress.exports.running import compare_run
 from danlu.compress.quantizing.formats.grouped import FLOAT8, Grouped
 from danlu.compress.quantizing.rounding import round_plainly
@@ -74,7 +76,7 @@ def test_four_bits_load_in_transformers_and_in_danlu(model: Path, tmp_path: Path
 @pytest.mark.soak  # its like with whole numbers stays
 def test_floats_of_eight_bits_load_in_transformers(model: Path, tmp_path: Path) -> None:
     figures = few_bits(model, "fp8", tmp_path / "out")
-    assert figures["difference"]["value"] <= 1e-4 and figures["divergence"]["value"] < 0.02
+    assert figures["difference"]["value"] <= 1e-4 and figures["divergence"]["value"] < 0.05
 
 
 @pytest.mark.soak
@@ -82,7 +84,7 @@ def test_floats_of_eight_bits_load_in_transformers(model: Path, tmp_path: Path) 
 def test_other_types_load_in_transformers(model: Path, tmp_path: Path, kind: str) -> None:
     figures = few_bits(model, kind, tmp_path / "out")
     assert figures["difference"]["value"] <= 1e-4
-    assert figures["divergence"]["value"] < (0.1 if kind == "w4a16" else 0.01)
+    assert figures["divergence"]["value"] < {"w8a16": 0.01, "w8a8": 0.05, "w4a16": 0.1}[kind]
 
 
 @settings(max_examples=30, deadline=None)
@@ -108,6 +110,32 @@ def test_floats_are_rounded_as_torch_rounds_them() -> None:
     rounded = round_plainly(weight, form)
     steps = weight.abs().amax(1, keepdim=True) / torch.finfo(FLOAT8).max
     assert torch.equal(rounded.values, (weight / steps).to(FLOAT8).float() * steps)
+
+
+@pytest.mark.parametrize("floating", [False, True])
+def test_inputs_are_rounded_as_compressed_tensors_rounds_them(floating: bool) -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
+    x[0, 1] *= 1e3
+    x[1, 2] = 0
+    kind = "float" if floating else "int"
+    said = QuantizationArgs(num_bits=8, type=kind, symmetric=True, strategy="token", dynamic=True)
+    scale, zero = compute_dynamic_scales_and_zp(x, said, torch.nn.Linear(64, 1))
+    theirs = fake_quantize(x, scale, zero, said)
+    torch.testing.assert_close(by_token(x, Grouped(8, None, floating=floating)), theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("inputs", [Grouped(8, None), Grouped(8, None, floating=True)])
+def test_inputs_of_few_bits_count_in_what_is_measured(model: Path, inputs: Grouped) -> None:
+    """The weights are the original's, so that without them nothing would be lost."""
+    stored, tokenizer = StoredModel.open(model), Tokenizer.load(model)
+    found = quality(stored, stored, tokenizer, OTHER, inputs)["divergence"]
+    assert 1e-4 < found["value"] < 0.1 and found["by"].endswith("inputs in few bits too")
+    assert abs(quality(stored, stored, tokenizer, OTHER)["divergence"]["value"]) < 1e-6
 
 
 @pytest.fixture(scope="module")
