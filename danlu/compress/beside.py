@@ -27,8 +27,9 @@ class Turn:
     Attributes:
         prefix: of its weights' names in the model.
         layers: names in the model of matrices of linear layers that are given the very same tensor, in the order they
-            are computed, and their inputs; None where only zeros came. Each must be `put` before the next is asked for.
-        others: names in the model of the block's other weights, which may be.
+            are computed, and their inputs; None where only zeros came. What they become is `put` before
+            the next are asked for.
+        others: names in the model of the block's other weights.
     """
 
     prefix: str

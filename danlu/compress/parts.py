@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator
-from typing import IO
+from io import BufferedRandom
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class Parts:
         self._shapes: list[tuple[torch.Size, torch.dtype]] = []
         self._starts = [0]  # of each in the file, and behind the last
         self._kept: list[Tensor] = []  # all or none
-        self._file: IO[bytes] | None = None
+        self._file: BufferedRandom | None = None
         for tensor in tensors:
             self.append(tensor)
 
@@ -38,7 +38,7 @@ class Parts:
         shape, dtype = self._shapes[index]
         found = torch.empty(shape, dtype=dtype)
         self._file.seek(self._starts[index])
-        self._file.readinto(_bytes(found))  # type: ignore[attr-defined]  # of a file that is read and written
+        self._file.readinto(_bytes(found))
         return found
 
     def __setitem__(self, index: int, tensor: Tensor) -> None:
