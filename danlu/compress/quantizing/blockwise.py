@@ -33,10 +33,12 @@ def round_blocks(
     """
     for turn in walk.blocks():
         for names, inputs in turn.layers:
-            _round(walk, names, forms, inputs, spool, way)
-            del inputs  # of as many numbers as a block, and the next layers' are made before they would take the name
+            made = _round(walk, names, forms, inputs, spool, way)
+            del inputs  # of as many numbers as a block, and no longer needed
+            for name in names:
+                walk.put(name, made.pop(name))
         for name in turn.others:
-            _round(walk, [name], forms, None, spool, way)
+            walk.put(name, _round(walk, [name], forms, None, spool, way)[name])
         give_back()
         tick(1, turn.prefix.rstrip("."))
 
@@ -48,13 +50,12 @@ def _round(
     inputs: Inputs | None,
     spool: Spool,
     way: Way,
-) -> None:
-    """Round weights that are given the same inputs, for the file and for what comes after them."""
+) -> dict[str, Tensor]:
+    """Round weights that are given the same inputs. Returns what stands for them, fp32, by their names."""
     weights = {name: walk.read(name) for name in names}
     for alike in _alike(weights, forms):
         put(alike, forms, inputs, spool, way)
-    for name, weight in weights.items():
-        walk.put(name, weight)
+    return weights
 
 
 def _alike(weights: Mapping[str, Tensor], forms: Mapping[str, Format | None]) -> Iterator[dict[str, Tensor]]:
