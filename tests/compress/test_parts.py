@@ -10,7 +10,7 @@ from danlu.compress.compensate import Inputs
 from danlu.compress.parts import Parts
 
 
-@pytest.mark.parametrize("room", [0, 100, 2**20], ids=["in a file", "in a file from the third on", "in memory"])
+@pytest.mark.parametrize("room", [0, 100, 2**20], ids=["in a file", "in a file from the fourth on", "in memory"])
 def test_they_are_read_as_they_were_put(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "ROOM", room)
     put = [torch.randn(2, 3), torch.randn(3, 2).mT, torch.randn(4, 5).bfloat16(), torch.randn(1, 7)]
