@@ -43,8 +43,8 @@ def prune_vocabulary(
             vocabulary itself was built of first, which are frequent in any text. By default all of the text's.
         dtype: of the stored weights.
 
-    Raises DanluError where the vocabulary is of another kind, the text is empty, or `keep` leaves no room for what must
-    stay.
+    Raises DanluError where the vocabulary is of another kind, the text is empty, `keep` leaves no room for what must
+    stay, or is the whole vocabulary.
     """
     making = Making("vocabulary", "compress/pruning/vocabulary", {"keep": keep}, checkpoint)
     tokenizer = checkpoint.tokenizer
@@ -69,7 +69,8 @@ def kept_ids(tokenizer: Tokenizer, counts: Mapping[int, int], keep: int | None =
         counts: how often each occurs in a text.
         keep: how many stay; None for all that occur.
 
-    Raises DanluError where the vocabulary is no byte-pair encoding, or what must stay is more than `keep`.
+    Raises DanluError where the vocabulary is no byte-pair encoding, what must stay is more than `keep`, or no word
+    would go.
     """
     document = tokenizer.document
     kind = document["model"].get("type")
@@ -82,6 +83,9 @@ def kept_ids(tokenizer: Tokenizer, counts: Mapping[int, int], keep: int | None =
     if keep is not None and keep < least:
         what = f"{keep:,} words are too few: {least:,} must stay, bytes, special tokens and those of the chat template"
         raise DanluError(what, where="--keep", fix=f"keep {least:,} or more")
+    if keep is not None and keep >= tokenizer.vocab_size:
+        what = f"no words would go: the vocabulary has {tokenizer.vocab_size:,}"
+        raise DanluError(what, where="--keep", fix=f"keep fewer, down to {least:,}")
     wanted = sorted(counts, key=lambda number: (-counts[number], number))
     if keep is not None:
         wanted += sorted(set(document["model"]["vocab"].values()) - counts.keys())

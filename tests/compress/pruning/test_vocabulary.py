@@ -162,6 +162,8 @@ def test_merges_that_lead_to_one_word_in_two_ways_are_all_kept() -> None:
 def test_what_cannot_be_cut_down_is_said(short: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(DanluError, match=r"must stay.*\n.*or more"):
         prune_vocabulary(short, TEXT, tmp_path / "slim", keep=10)
+    with pytest.raises(DanluError, match=r"no words would go.*\n.*keep fewer"):
+        prune_vocabulary(short, TEXT, tmp_path / "slim", keep=short.tokenizer.vocab_size)
     with pytest.raises(DanluError, match="is empty"):
         prune_vocabulary(short, " \n", tmp_path / "slim")
     letters = learn_vocabulary(VocabularySettings(kind="characters", special=[]), ["abc"])
