@@ -20,7 +20,7 @@ alone.
 
 The package's weights were Q4_1 once, so that Q4_1 and Q5_1 hold them without loss: both are left out unless --types
 names them. --effort says how much the search spends in all cases but `fast`: fast, usual or best. What is done is kept
-in DIR, and a second call goes on from there.
+in DIR, and a second call goes on from there. --save leaves the saved figures of other cases.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import arguments, emit
+from common import arguments, emit, with_saved
 from compress import Kept, importance, pieces, python_documents, scored, speeds, split, stock
 
 from danlu.compress.quantizing.mixes import matrices_of
@@ -193,8 +193,8 @@ def limits(case: str, bench: Bench, share: float) -> list[str]:
     return ["--speed", bench.told("q4_0", share), "--prefer", "best", *whole]
 
 
-def bars(found: dict[str, dict[str, Any]]) -> list[tuple[str, float, float, bool]]:
-    """Each bar of the cases that were run: what was reached, the limit, and whether it is met."""
+def bars(case: str, found: dict[str, dict[str, Any]]) -> list[tuple[str, float, float, bool]]:
+    """Each bar of a case: what was reached, the limit, whether it is met. Args: found: its files and llama.cpp's."""
     rows: list[tuple[str, float, float, bool]] = []
 
     def most(name: str, reached: float, limit: float) -> None:
@@ -203,8 +203,6 @@ def bars(found: dict[str, dict[str, Any]]) -> list[tuple[str, float, float, bool
     def least(name: str, reached: float, limit: float) -> None:
         rows.append((name, reached, limit, reached >= limit))
 
-    if "fast" in found:
-        most("seconds of --fast", found["fast"]["seconds"], SECONDS)
     made = [each for name, each in found.items() if not name.startswith("llama.cpp")]
 
     def nearest(preset: str, size: float) -> float:
@@ -213,16 +211,18 @@ def bars(found: dict[str, dict[str, Any]]) -> list[tuple[str, float, float, bool
         able = [each for each in made if each["bytes"] <= size and each["decode"] >= speed]
         return min((each["divergence"]["value"] for each in able), default=math.inf)
 
-    if "size" in found:
-        sized = [each for name, each in found.items() if name.startswith("size")]
-        best = min(sized, key=lambda each: each["divergence"]["value"])
+    if case == "fast":
+        most("seconds of --fast", found["fast"]["seconds"], SECONDS)
+    if case == "size":
+        best = min(made, key=lambda each: each["divergence"]["value"])
         most("divergence in Q4_K_M's size", best["divergence"]["value"], AT_SIZE)
         least("its token/s, at least Q4_K_M's", best["decode"], found["llama.cpp q4_k_m"]["decode"])
         most("divergence in its size at its speed", nearest("q4_k_m", found["llama.cpp q4_k_m"]["bytes"]), AT_SIZE)
-    if "smallest" in found:
+    if case == "smallest":
         most("share that the smallest file loses", found["smallest"]["loss_change"]["value"], LOSS)
         most("its MB", found["smallest"]["bytes"] / 1e6, SMALLEST / 1e6)
-    most("divergence at Q4_0's speed, of all files", nearest("q4_0", math.inf), AT_SPEED)
+    if case == "speed":
+        most("divergence at Q4_0's speed", nearest("q4_0", math.inf), AT_SPEED)
     return rows
 
 
@@ -243,14 +243,26 @@ def main() -> None:
         folder = asked.work or Path(aside)
         folder.mkdir(parents=True, exist_ok=True)
         bench = prepare(asked, folder)
-        found = {name: each for case in asked.cases.split(",") for name, each in search(case, bench).items()}
+        cases = {case: search(case, bench) for case in asked.cases.split(",")}
+        found = {name: each for files in cases.values() for name, each in files.items()}
         found |= {f"llama.cpp {preset}": figures for preset, figures in bench.stock().items()}
         for name, rate in bench.speeds([name.removeprefix("llama.cpp ") for name in found]).items():
             found[name if name in found else f"llama.cpp {name}"]["decode"] = rate
     show(found)
-    told = bars(found)
-    table("Bars", ("bar", "reached", "limit", "met"), [(name, f"{a:.4g}", f"{b:.4g}", met) for name, a, b, met in told])
-    emit("compress_search", {"types": asked.types, "files": found, "bars": told}, asked.save)
+    parts = {case: part(case, asked.types, {name: found[name] for name in found if of(case, name)}) for case in cases}
+    rows = [(name, f"{a:.4g}", f"{b:.4g}", met) for each in parts.values() for name, a, b, met in each["bars"]]
+    table("Bars", ("bar", "reached", "limit", "met"), rows)
+    emit("compress_search", with_saved("compress_search", parts) if asked.save else parts, asked.save)
+
+
+def of(case: str, name: str) -> bool:
+    """Whether a file is of a case: what its searches made (size, size-2), or llama.cpp's, which all are beside."""
+    return name.split("-")[0] == case or name.startswith("llama.cpp")
+
+
+def part(case: str, types: str, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What is saved of a case. Args: files: its own and llama.cpp's, which decoded by turns."""
+    return {"types": types, "files": files, "bars": bars(case, files)}
 
 
 def show(found: dict[str, dict[str, Any]]) -> None:
