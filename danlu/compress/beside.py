@@ -5,19 +5,21 @@ What a layer is to give is what it gives in the original; what it is given is wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from danlu.compress.compensate import ROUNDING, Inputs
+from danlu.compress.compensate import AIMED, ROUNDING, Inputs
 from danlu.compress.parts import Parts
 from danlu.compress.walk import Walk
 from danlu.model.config import ModelConfig
 from danlu.model.stored import Make
 from danlu.train.memory import give_back
+
+DRIFT = 2**26  # numbers at once: all rows of up to 8,192 columns
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Beside:
         """Weights of the last norm by their names, and what the head is given."""
         self.original.finish()
         weights = self.changed.finish()
-        return weights, _inputs(zip(self.original.hidden, self.changed.hidden, strict=True))
+        return weights, _inputs(self.original.hidden, self.changed.hidden)
 
     def _through_original(self, layer: int) -> tuple[list[list[str]], dict[str, Parts]]:
         """The original's stream goes on through a block.
@@ -110,8 +112,8 @@ class Beside:
         self, layer: int, sharing: Sequence[list[str]], before: dict[str, Parts]
     ) -> Iterator[tuple[list[str], Inputs | None]]:
         for names in sharing:
-            pairs = zip(before.pop(names[0]), _given(self.changed, layer, names[0]), strict=True)
-            yield [f"blocks.{layer}.{name}.weight" for name in names], _inputs(pairs)
+            after = Parts(_given(self.changed, layer, names[0]))
+            yield [f"blocks.{layer}.{name}.weight" for name in names], _inputs(before.pop(names[0]), after)
 
 
 class _Enough(Exception):
@@ -138,16 +140,31 @@ def _given(walk: Walk, layer: int, name: str) -> Iterator[Tensor]:
         handle.remove()
 
 
-def _inputs(pairs: Iterable[tuple[Tensor, Tensor]]) -> Inputs | None:
+def _inputs(before: Parts, after: Parts) -> Inputs | None:
     """Of what a layer is given in the original and in the changed model, each [..., columns]."""
-    products = drift = torch.zeros(0)
-    for before, after in pairs:
-        y = after.reshape(-1, after.shape[-1]).float()
-        lost = before.reshape(y.shape) - y  # fp32, and for wide layers large
-        if not len(products):
-            products, drift = (torch.zeros(y.shape[1], y.shape[1]) for _ in range(2))
+    products = torch.zeros(after[0].shape[-1], after[0].shape[-1])
+    for part in after:
+        y = _flat(part)
         products.addmm_(y.T, y)
-        drift.addmm_(lost.T, y)
-        del y, lost
     give_back()  # what blocks computed on the way: solving takes as much again
-    return Inputs(products, drift, ROUNDING) if products.any() else None
+    return Inputs(products, _drift(before, after), ROUNDING) if products.any() else None
+
+
+def _drift(before: Parts, after: Parts) -> Iterator[Tensor]:
+    """Rows of the sum over tokens of (inputs in the original - inputs) with the inputs, fp32 [rows, columns]
+    each, in the place of those before."""
+    columns = after[0].shape[-1]
+    at_once = min(max(DRIFT // columns // AIMED, 1) * AIMED, columns)
+    place = torch.empty(at_once, columns)
+    for start in range(0, columns, at_once):
+        chosen = slice(start, start + at_once)
+        rows = place[: columns - start].zero_()
+        for there, here in zip(before, after, strict=True):
+            y = _flat(here)
+            rows.addmm_((_flat(there[..., chosen]) - y[:, chosen]).T, y)
+        yield rows
+
+
+def _flat(part: Tensor) -> Tensor:
+    """fp32 [tokens, columns]."""
+    return part.reshape(-1, part.shape[-1]).float()

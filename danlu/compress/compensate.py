@@ -6,7 +6,7 @@ arXiv:2301.00774). What a column is changed to, to a number of few bits or to 0,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ ROUNDING = 0.2
 CAUTION = 0.5  # of the same, where weights themselves are fitted to the inputs seen
 
 TOGETHER = 32  # columns of a block whose errors those after them learn of at once; rows of products that are read so
+AIMED = 256  # rows of the shift that are read at once
 
 Choice = Callable[[int, Tensor], Tensor]  # from a block's column and fp32 [rows] to what stands for it, fp32 [rows]
 
@@ -29,25 +30,27 @@ class Inputs:
 
     Args:
         products: fp32 [columns, columns] in one piece, the sum over calibration tokens of the inputs' products.
-        drift: the same of (inputs in the original model - inputs) with the inputs; None for nothing. Both are used up.
+            It is used up.
+        drift: rows of the same of (inputs in the original model - inputs) with the inputs, some after some, `AIMED` or
+            a multiple of that each; used up too, before the next are asked for. None for nothing.
         damping: of the products.
 
     Attributes:
         ridge: what damping added to every square.
         importance: fp32 [columns], the damped sum of squares.
         factor: fp32 [columns, columns], the upper Cholesky factor of the inverse of the damped products.
-        shift: fp32 [columns, columns] or None; see `aim`.
     """
 
-    def __init__(self, products: Tensor, drift: Tensor | None = None, damping: float = DAMPING) -> None:
-        # Matrices of this size are the largest things in memory: each takes the place of the one before it, and the
-        # products themselves, which are only read in order, may lie in a file.
+    def __init__(self, products: Tensor, drift: Iterable[Tensor] | None = None, damping: float = DAMPING) -> None:
+        # Matrices of this size are the largest things in memory, so that there is one: each takes the place of the one
+        # before it, and the products themselves and the shift (see `aim`), which are only read in order, may lie in
+        # files.
         self._rows = Parts(rows.clone() for rows in products.split(TOGETHER))
         self.ridge = _ridge(products, damping)
         self.importance = products.diagonal() + self.ridge
-        self.shift = None
+        self._shift: Parts | None = None
         if drift is not None:
-            self.shift = _solved(products, drift.T).T
+            self._shift = Parts(rows.clone() for some in _solved(products, drift) for rows in some.split(AIMED))
             for rows, stored in zip(products.split(TOGETHER), self._rows, strict=True):
                 rows.copy_(stored)
         products.diagonal().copy_(self.importance)
@@ -72,16 +75,24 @@ class Inputs:
         calibration of GPTAQ (arXiv:2504.02692), in closed form. It is damped towards W far more than the rounding is,
         as tokens that were not looked at drift otherwise.
         """
-        return weight if self.shift is None else torch.addmm(weight, weight, self.shift)
+        if self._shift is None:
+            return weight
+        aim = weight.clone()
+        for columns, rows in zip(weight.split(AIMED, dim=1), self._shift, strict=True):
+            aim.addmm_(columns, rows)
+        return aim
 
 
-def _solved(products: Tensor, sought: Tensor) -> Tensor:
-    """The inverse of cautiously damped products times a matrix; fp32 [columns, columns], in that matrix's place. The
+def _solved(products: Tensor, drift: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Rows of drift times the inverse of cautiously damped products, fp32 [rows, columns] each, in their place. The
     products' place is used."""
     products.diagonal().add_(_ridge(products, CAUTION))
     lower = torch.linalg.cholesky(products.mT, out=products.mT)
-    torch.linalg.solve_triangular(lower, sought, upper=False, out=sought)
-    return torch.linalg.solve_triangular(lower.mT, sought, upper=True, out=sought)
+    for rows in drift:
+        sought = rows.T  # in columns, as LAPACK has it
+        torch.linalg.solve_triangular(lower, sought, upper=False, out=sought)
+        torch.linalg.solve_triangular(lower.mT, sought, upper=True, out=sought)
+        yield rows
 
 
 def _ridge(products: Tensor, share: float) -> float:

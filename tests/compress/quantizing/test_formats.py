@@ -165,7 +165,7 @@ def test_a_layer_makes_up_for_what_those_before_it_lost() -> None:
     before = torch.randn(2048, 64, generator=generator) @ torch.randn(64, 64, generator=generator)
     after = before + 0.5 * torch.randn(before.shape, generator=generator) @ torch.rand(64, 64, generator=generator)
     weight = weights(32, 64)
-    inputs = Inputs(after.T @ after, (before - after).T @ after)
+    inputs = Inputs(after.T @ after, [(before - after).T @ after])
     drift, products = (before - after).T @ after, after.T @ after
     damped = products + CAUTION * products.diagonal().mean() * torch.eye(64)
     assert torch.allclose(inputs.aim(weight), weight + weight @ drift @ damped.inverse(), atol=1e-3)

@@ -63,7 +63,7 @@ def test_a_file_is_nearer_with_a_text_than_without_and_llama_cpp_runs_it(
     assert made.forms == {"q4_0": 14, "q8_0": 1} and made.stand_ins == {"q8_0": 1}
     assert made.bytes == made.path.stat().st_size
     with monkeypatch.context() as patched:
-        patched.setattr(beside, "_inputs", lambda pairs: None)
+        patched.setattr(beside, "_inputs", lambda before, after: None)
         quantize_model(checkpoint, "q4_0", TEXT, tmp_path / "without.gguf", tokens=4096)
     assert apart(checkpoint, tmp_path / "with.gguf") < 0.8 * apart(checkpoint, tmp_path / "without.gguf")
     assert {file.name for file in tmp_path.iterdir()} == {"with.gguf", "without.gguf"}, "nothing else is left"
