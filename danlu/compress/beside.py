@@ -112,8 +112,9 @@ class Beside:
         self, layer: int, sharing: Sequence[list[str]], before: dict[str, Parts]
     ) -> Iterator[tuple[list[str], Inputs | None]]:
         for names in sharing:
-            after = Parts(_given(self.changed, layer, names[0]))
-            yield [f"blocks.{layer}.{name}.weight" for name in names], _inputs(before.pop(names[0]), after)
+            matrices = [f"blocks.{layer}.{name}.weight" for name in names]
+            # no name here for the inputs, which are of as many numbers as a block: they end with the caller's
+            yield matrices, _inputs(before.pop(names[0]), Parts(_given(self.changed, layer, names[0])))
 
 
 class _Enough(Exception):
