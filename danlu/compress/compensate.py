@@ -31,8 +31,8 @@ class Inputs:
     Args:
         products: fp32 [columns, columns] in one piece, the sum over calibration tokens of the inputs' products.
             It is used up.
-        drift: rows of the same of (inputs in the original model - inputs) with the inputs, some after some, `AIMED` or
-            a multiple of that each; used up too, before the next are asked for. None for nothing.
+        drift: rows of the same of (inputs in the original model - inputs) with the inputs, some after some, a multiple
+            of `AIMED` each but for the last; used up too, before the next are asked for. None for nothing.
         damping: of the products.
 
     Attributes:
