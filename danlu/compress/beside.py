@@ -152,8 +152,8 @@ def _inputs(before: Parts, after: Parts) -> Inputs | None:
 
 
 def _drift(before: Parts, after: Parts) -> Iterator[Tensor]:
-    """Rows of the sum over tokens of (inputs in the original - inputs) with the inputs, fp32 [rows, columns] each, in the
-    place of those before."""
+    """Rows of the sum over tokens of (inputs in the original - inputs) with the inputs, fp32 [rows, columns] each, in
+    the place of those before."""
     columns = after[0].shape[-1]
     at_once = min(max(DRIFT // columns // AIMED, 1) * AIMED, columns)
     place = torch.empty(at_once, columns)
